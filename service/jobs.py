@@ -1,0 +1,202 @@
+"""A job: one pair, one method, one seed, with everything that changes its result. Values only; sent to workers as JSON.
+
+Identity is content: digests of the base, of both LoRAs and of the reference images, ids, prompts, triggers, weights,
+method with its knobs, seed and sample settings. Locations are left out, so that a catalog stays valid when files move.
+job_id = sha256 of the identity.
+"""
+
+import hashlib
+import json
+import string
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Role = Literal["subject", "style"]
+Architecture = Literal["sdxl", "sd15"]
+
+ALGORITHM = 1  # raised whenever the same inputs would give another result: old entries are then no longer taken as done
+TEMPLATE_FIELDS = ("subject", "style")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """One reference image: where it lies (absolute path or s3 URL) and the sha256 of its bytes."""
+
+    location: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Concept:
+    """One LoRA with what a merge must know of it. `weight` scales its whole update; `images` may be empty."""
+
+    id: str
+    role: Role
+    lora: str  # absolute path or s3 URL
+    lora_sha256: str
+    prompt: str  # the prompt that the LoRA was trained with
+    trigger: str  # the words that stand for it in sample prompts
+    images: tuple[ImageRef, ...] = ()
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRef:
+    """The base model: an absolute directory or a hub id; `digest` is over the files that determine results."""
+
+    location: str
+    revision: str | None
+    digest: str
+    architecture: Architecture
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePrompt:
+    """A named template: `{subject}` and `{style}` stand for the trigger words."""
+
+    name: str
+    template: str
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSettings:
+    """Which images are sampled from each merge: prompts × seeds × style strengths; none when one of them is empty."""
+
+    prompts: tuple[SamplePrompt, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    guidance: float
+    width: int  # pixels
+    height: int  # pixels
+    scheduler: str | None = None  # a diffusers class name; None = the base's own
+    negative: str = ""
+    style_strengths: tuple[float, ...] = (1.0,)
+
+    @property
+    def n_images(self) -> int:
+        return len(self.prompts) * len(self.seeds) * len(self.style_strengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A pair with everything that changes its result. `job_id` is computed, never given."""
+
+    base: BaseRef
+    subject: Concept
+    style: Concept
+    method: str
+    knobs: Mapping[str, Any]  # every knob of the method, defaults filled in; JSON values
+    seed: int
+    samples: SampleSettings
+    outputs: tuple[str, ...] = ()  # objects on request: "peft" = the merged file's PEFT-layout twin
+    job_id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "job_id", job_id(identity(self)))
+
+    def __hash__(self) -> int:
+        return hash(self.job_id)
+
+    @property
+    def pair(self) -> str:
+        return f"{self.subject.id}/{self.style.id}"
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """Everything that changes the job's result, as JSON values; nothing that does not."""
+    return {
+        "algorithm": ALGORITHM,
+        "base": {"digest": job.base.digest, "architecture": job.base.architecture},
+        "subject": _concept_identity(job.subject),
+        "style": _concept_identity(job.style),
+        "method": job.method,
+        "knobs": dict(job.knobs),
+        "seed": job.seed,
+        "samples": asdict(job.samples),
+        "outputs": sorted(job.outputs),
+    }
+
+
+def _concept_identity(concept: Concept) -> dict[str, Any]:
+    return {
+        "id": concept.id,
+        "lora": concept.lora_sha256,
+        "prompt": concept.prompt,
+        "trigger": concept.trigger,
+        "images": [image.sha256 for image in concept.images],
+        "weight": concept.weight,
+    }
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: keys sorted, no spaces, ASCII. ValueError for NaN and infinities, TypeError for non-JSON."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def job_id(identity: Mapping[str, Any]) -> str:
+    """sha256 of the identity's canonical JSON, 64 hex digits."""
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+
+def to_json(job: Job) -> str:
+    """The job with its locations, for a worker."""
+    return canonical_json(asdict(job))
+
+
+def from_json(text: str) -> Job:
+    """The job that `to_json` wrote. ValueError when this version of the code would write other fields or another id."""
+    try:
+        fields = json.loads(text)
+        claimed = fields.pop("job_id")
+        job = Job(
+            base=BaseRef(**fields.pop("base")),
+            subject=_concept(fields.pop("subject")),
+            style=_concept(fields.pop("style")),
+            samples=_samples(fields.pop("samples")),
+            outputs=tuple(fields.pop("outputs")),
+            **fields,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a job as this version writes it ({error}): run the same version everywhere") from error
+    if job.job_id != claimed:
+        raise ValueError(
+            f"job {claimed[:12]} has identity {job.job_id[:12]} here (algorithm {ALGORITHM}): "
+            "was it altered, or sent by another version?"
+        )
+    return job
+
+
+def _concept(fields: dict[str, Any]) -> Concept:
+    return Concept(**{**fields, "images": tuple(ImageRef(**image) for image in fields["images"])})
+
+
+def _samples(fields: dict[str, Any]) -> SampleSettings:
+    return SampleSettings(
+        **{
+            **fields,
+            "prompts": tuple(SamplePrompt(**prompt) for prompt in fields["prompts"]),
+            "seeds": tuple(fields["seeds"]),
+            "style_strengths": tuple(fields["style_strengths"]),
+        }
+    )
+
+
+def template_problem(template: str) -> str | None:
+    """Why a prompt template cannot be rendered, or None. `{{` and `}}` are literal braces."""
+    try:
+        for _, name, spec, conversion in string.Formatter().parse(template):
+            if name is None:
+                continue
+            if name not in TEMPLATE_FIELDS:
+                return f"unknown field {{{name}}}: a template knows {{subject}} and {{style}}"
+            if spec or conversion:
+                return f"{{{name}}} takes no format: write it without ':' and '!'"
+    except ValueError:
+        return "unbalanced braces: write {{ and }} for literal ones"
+    return None
+
+
+def render(template: str, subject: Concept, style: Concept) -> str:
+    """The prompt: `{subject}` and `{style}` replaced by the trigger words."""
+    return template.format(subject=subject.trigger, style=style.trigger)
