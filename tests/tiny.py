@@ -1,0 +1,157 @@
+"""Random pipelines with the block layout of SDXL and of SD 1.5, about two million parameters, built offline in a moment.
+
+The module names are those of the real models, except that SDXL's deeper transformers have 2 blocks in place of 10.
+Images are 64×64 by default: 8×8 latents, as the autoencoders shrink by 8 like the real ones.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+TEXT_WIDTH = 32
+SDXL_TARGETS = 176
+SD15_TARGETS = 128
+
+
+def tiny_sdxl(dtype: torch.dtype = torch.float32, seed: int = 0) -> StableDiffusionXLPipeline:
+    """A random SDXL pipeline on the CPU, in evaluation mode; a seed gives the same weights in every dtype, rounded."""
+    with _seeded(seed):
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32, 64),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 2),
+            attention_head_dim=(2, 4, 8),
+            norm_num_groups=8,
+            cross_attention_dim=2 * TEXT_WIDTH,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+        )
+        text_encoder = CLIPTextModel(_text_config("quick_gelu"))
+        text_encoder_2 = CLIPTextModelWithProjection(_text_config("gelu"))
+        vae = _vae(scaling_factor=0.13025)
+    pipe = StableDiffusionXLPipeline(
+        unet=unet,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        vae=vae,
+        tokenizer=tokenizer(pad="<|endoftext|>"),
+        tokenizer_2=tokenizer(pad="!"),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
+    )
+    return _ready(pipe, dtype)
+
+
+def tiny_sd15(dtype: torch.dtype = torch.float32, seed: int = 0) -> StableDiffusionPipeline:
+    """A random SD 1.5 pipeline on the CPU in evaluation mode, its 128 merge targets named as in the real model."""
+    with _seeded(seed):
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32, 64, 64),
+            layers_per_block=2,
+            attention_head_dim=4,
+            norm_num_groups=8,
+            cross_attention_dim=TEXT_WIDTH,
+        )
+        text_encoder = CLIPTextModel(_text_config("quick_gelu"))
+        vae = _vae(scaling_factor=0.18215)
+    pipe = StableDiffusionPipeline(
+        unet=unet,
+        text_encoder=text_encoder,
+        vae=vae,
+        tokenizer=tokenizer(pad="<|endoftext|>"),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _ready(pipe, dtype)
+
+
+def tokenizer(pad: str) -> CLIPTokenizer:
+    """CLIP's tokenizer without merges: 256 byte characters, the same with `</w>`, and two specials."""
+    characters = _byte_characters()
+    words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], pad_token=pad, model_max_length=77)
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each of the 256 bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def _text_config(activation: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        hidden_act=activation,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+
+
+def _vae(scaling_factor: float) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+        scaling_factor=scaling_factor,
+    )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Construction under a seed of its own; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _ready(pipe, dtype):
+    pipe.set_progress_bar_config(disable=True)
+    for model in pipe.components.values():
+        if isinstance(model, torch.nn.Module):
+            torch.nn.Module.to(model, dtype).requires_grad_(
+                False
+            ).eval()  # diffusers' own `to` warns of nothing to warn of
+    return pipe
