@@ -1,4 +1,4 @@
-"""Random pipelines with the block layout of SDXL and of SD 1.5, about two million parameters, built offline in a moment.
+"""Random pipelines with the block layout of SDXL and of SD 1.5, two million parameters, built offline in a moment.
 
 The module names are those of the real models, except that SDXL's deeper transformers have 2 blocks in place of 10.
 Images are 64×64 by default: 8×8 latents, as the autoencoders shrink by 8 like the real ones.
