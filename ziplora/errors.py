@@ -1,7 +1,7 @@
 """What can be wrong with a LoRA.
 
 LoRAError
-├─ FormatError         the file cannot be read as a LoRA: truncated, not safetensors, unknown keys, NaN, beyond the limits
+├─ FormatError         the file cannot be read as a LoRA: truncated, not safetensors, unknown keys, NaN, too large
 ├─ ShapeMismatch       a module's shapes do not fit the base model, the other LoRA or its mergers
 └─ UnsupportedAdapter  a sound file, but another kind of adapter (DoRA, LoHa, LoKr …) or made for another kind of model
 

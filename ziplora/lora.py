@@ -33,7 +33,7 @@ class LoRA:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mergers:
-    """m_c and m_s of Eq. 2 (arXiv 2311.13600v2), fp32, by module path; a module that a LoRA lacks has no entry there."""
+    """m_c and m_s of Eq. 2 (arXiv 2311.13600v2), fp32, by module path; a module that a LoRA lacks has none."""
 
     subject: Mapping[str, Tensor]  # [in]
     style: Mapping[str, Tensor]  # [in]
@@ -64,9 +64,9 @@ def concat(loras: Sequence[LoRA]) -> LoRA:
 def zip_merge(subject: LoRA, style: LoRA, mergers: Mergers, *, targets: Collection[str] | None = None) -> LoRA:
     """Eq. 2 (arXiv 2311.13600v2), ΔW_m = ΔW_c·diag(m_c) + ΔW_s·diag(m_s), as an exact LoRA of rank r_c + r_s.
 
-    The mergers scale columns, so they go into `down`: [A_c·diag(m_c); A_s·diag(m_s)], [B_c B_s]. Modules without mergers
-    are carried: summed as in `concat`. `targets` names the modules that must not be carried; one of them that a LoRA
-    has and its mergers lack raises ShapeMismatch, as do mergers of another length than the module's inputs.
+    The mergers scale columns, so they go into `down`: [A_c·diag(m_c); A_s·diag(m_s)], [B_c B_s]. Modules without
+    mergers are carried: summed as in `concat`. `targets` names the modules that must not be carried; one of them that a
+    LoRA has and its mergers lack raises ShapeMismatch, as do mergers of another length than the module's inputs.
     """
     for mine, lora, name in ((mergers.subject, subject, "subject"), (mergers.style, style, "style")):
         lacking = [path for path in targets or () if path in lora.layers and path not in mine]
@@ -113,8 +113,8 @@ def digest(lora: LoRA) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's values, row by row, in the machine's byte order; without a copy when it lies contiguous in host memory."""
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    """The tensor's values, row by row, in the machine's byte order; no copy if it lies contiguous in host memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _side_by_side(path: str, layers: Sequence[Layer]) -> Layer:
@@ -126,8 +126,8 @@ def _side_by_side(path: str, layers: Sequence[Layer]) -> Layer:
     for other in layers[1:]:
         if (first.down.shape[1:], first.up.shape[0]) != (other.down.shape[1:], other.up.shape[0]):
             raise ShapeMismatch(
-                f"{path}: one LoRA changes a weight of shape {_weight_shape(first)}, another one of {_weight_shape(other)}:"
-                " were they trained on the same base model?"
+                f"{path}: one LoRA changes a weight of shape {_weight_shape(first)}, another one of"
+                f" {_weight_shape(other)}: were they trained on the same base model?"
             )
     return Layer(torch.cat([x.down for x in layers], dim=0), torch.cat([x.up for x in layers], dim=1))
 
