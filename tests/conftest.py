@@ -1,0 +1,52 @@
+"""Fixtures shared by the tests: a real S3 server, started once per session, and a fresh bucket per test."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.swift_node import SwiftNode, swift_node
+
+
+@dataclass(frozen=True, slots=True)
+class Swift:
+    """`url` is a fresh bucket; `environment` (AWS_…) is already set in this process and inherited by its children."""
+
+    node: SwiftNode
+    bucket: str
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}"
+
+    @property
+    def endpoint(self) -> str:
+        return self.node.endpoint
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return self.node.environment
+
+
+@pytest.fixture(scope="session")
+def swift_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SwiftNode]:
+    with swift_node(tmp_path_factory.mktemp("swift")) as node:
+        yield node
+
+
+_buckets = (f"bucket-{i}" for i in itertools.count())
+
+
+@pytest.fixture
+def swift(swift_server: SwiftNode, monkeypatch: pytest.MonkeyPatch) -> Swift:
+    import boto3
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in swift_server.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = next(_buckets)
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return Swift(swift_server, bucket)
