@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import getpass
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -36,10 +37,10 @@ for offset, kind in enumerate({BACKENDS}, start=1):
     builder.rebalance()
     builder.get_ring().save(sys.argv[1] + "/" + kind + ".ring.gz")
 """
-SELF_SIGNED = (
+SELF_SIGNED = shlex.split(
     "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1 "
     "-addext subjectAltName=IP:127.0.0.1"
-).split()
+)
 FILTERS = {  # in the order of the pipeline
     "catch_errors": "",
     "gatekeeper": "",
@@ -158,7 +159,7 @@ class SwiftNode:
 
 def free_ports(n: int) -> int:
     """The first of `n` neighbouring ports that are free now."""
-    for first in range(18080, 32000, 10):
+    for first in range(20080, 32000, 10):  # Ray's workers take ports below 20000
         with contextlib.ExitStack() as sockets:
             try:
                 for port in range(first, first + n):
@@ -166,7 +167,7 @@ def free_ports(n: int) -> int:
             except OSError:
                 continue
             return first
-    raise RuntimeError("no free ports between 18080 and 32000")
+    raise RuntimeError("no free ports between 20080 and 32000")
 
 
 def wait_until_open(port: int, limit_s: float = 20) -> None:
