@@ -30,7 +30,7 @@ class ManifestError(ServiceError):
 
 
 class StorageError(ServiceError):
-    pass
+    exit_code = 2  # where it ends a command: the user's location, credentials, disk or server
 
 
 class NotFound(StorageError):
