@@ -1,0 +1,260 @@
+"""Eq. 3 against an independent, written-out form: dense ΔW·diag(m) in the weights, autograd through functional_call."""
+
+import dataclasses
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.func import functional_call
+
+from tests.random_loras import random_lora
+from tests.tiny import tiny_sd15, tiny_sdxl
+from ziplora.base import Base, resident
+from ziplora.calibrate import Calibration, calibrate, derived_seed, draw
+from ziplora.lora import LoRA, delta
+from ziplora.methods import METHODS, CalibrationSettings, Pair, ZipLoRAKnobs
+from ziplora.optimize import Optimization, batch, eq3_losses, similarity_penalty, student_conditioning, ziplora
+
+DOG = [Image.linear_gradient("L"), Image.radial_gradient("L")]
+INK = [Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20)]
+SETTINGS = CalibrationSettings(draws=4, seed=0, noise="separate", size=32)
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd15"])
+def base(request: pytest.FixtureRequest) -> Base:
+    return resident((tiny_sdxl if request.param == "sdxl" else tiny_sd15)(torch.float64))
+
+
+def make_pair(base: Base, seed: int = 0, settings: CalibrationSettings = SETTINGS, **options: object) -> Pair:
+    subject = random_lora(base.slots, rank=4, seed=2 * seed, **options)  # type: ignore[arg-type]
+    style = random_lora(base.slots, rank=6, seed=2 * seed + 1, **options)  # type: ignore[arg-type]
+    return Pair(
+        subject, style, calibrate(base, subject, "a dog", [], settings), calibrate(base, style, "in ink", [], settings)
+    )
+
+
+def written_out_eq3(base: Base, pair: Pair, mergers: dict[str, Tensor], knobs: ZipLoRAKnobs, step: int) -> Tensor:
+    """L of Eq. 3 with every ΔW dense. `mergers[path]` is [2, in]; teachers are recomputed here, not taken from the calibration."""
+    unet = base.unet
+    weights = {f"{path.removeprefix('unet.')}.weight": base.slots.layers[path].weight for path in mergers}
+
+    def predict(noisy: Tensor, timestep: Tensor, prompt: str, changed: dict[str, Tensor]) -> Tensor:
+        conditioning = base.encode_prompts([prompt])
+        added = None
+        if conditioning.pooled is not None:
+            added = {
+                "text_embeds": conditioning.pooled,
+                "time_ids": torch.tensor([[32, 32, 0, 0, 32, 32]], dtype=torch.float64),
+            }
+        kwargs = {"encoder_hidden_states": conditioning.embeds, "added_cond_kwargs": added}
+        return functional_call(unet, changed, (noisy, timestep), kwargs).sample
+
+    deltas = [{path: delta(lora.layers[path]) for path in mergers} for lora in (pair.subject, pair.style)]
+    merged = {
+        f"{path.removeprefix('unet.')}.weight": base.slots.layers[path].weight
+        + deltas[0][path] @ torch.diag(mergers[path][0])
+        + deltas[1][path] @ torch.diag(mergers[path][1])
+        for path in mergers
+    }
+    loss = torch.zeros((), dtype=torch.float64)
+    for which, calibration in enumerate((pair.subject_calibration, pair.style_calibration)):
+        assert calibration is not None
+        teacher = {
+            name: weight + deltas[which]["unet." + name.removesuffix(".weight")] for name, weight in weights.items()
+        }
+        noisy, timestep = calibration.noisy[step : step + 1], calibration.timesteps[step : step + 1]
+        difference = predict(noisy, timestep, calibration.prompt, merged) - predict(
+            noisy, timestep, calibration.prompt, teacher
+        )
+        loss = loss + (difference.pow(2).sum().sqrt() if knobs.reconstruction == "norm" else difference.pow(2).mean())
+    dots = [torch.abs(torch.dot(m[0], m[1])) for m in mergers.values()]
+    sizes = [m.shape[1] for m in mergers.values()]
+    penalty = {
+        "literal": sum(dots),
+        "columns": sum(dot / size for dot, size in zip(dots, sizes, strict=True)),
+        "mean": sum(dot / size for dot, size in zip(dots, sizes, strict=True)) / len(dots),
+    }[knobs.penalty]
+    return loss + knobs.penalty_weight * penalty
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        ZipLoRAKnobs(),
+        ZipLoRAKnobs(reconstruction="norm", penalty="literal"),
+        ZipLoRAKnobs(penalty="columns", penalty_weight=0.5),
+    ],
+)
+def test_loss_and_gradient_are_eq_3(base: Base, knobs: ZipLoRAKnobs) -> None:
+    pair = make_pair(base)
+    generator = torch.Generator().manual_seed(3)
+    base.slots.load([[pair.subject, pair.style]])
+    parameters = base.slots.attach_mergers()
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 0.5)
+    conditioning = student_conditioning(base, [pair])
+    losses = eq3_losses(base, parameters, *batch_at(pair, 1)[:2], conditioning, batch_at(pair, 1)[2], knobs)
+    loss = losses.reconstruction.sum() + knobs.penalty_weight * losses.penalty.sum()
+    loss.backward()
+    base.slots.close()
+
+    dense = {path: parameter.detach()[0].clone().requires_grad_() for path, parameter in parameters.items()}
+    expected = written_out_eq3(base, pair, dense, knobs, step=1)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    for path, parameter in parameters.items():
+        torch.testing.assert_close(parameter.grad[0], dense[path].grad, rtol=1e-5, atol=1e-9, msg=path)  # type: ignore[index]
+
+
+def batch_at(pair: Pair, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    return batch([(pair.subject_calibration, pair.style_calibration)], step, 1)
+
+
+def test_penalty_is_the_dot_product_of_eq_3() -> None:
+    a, b = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([4.0, -5.0, 6.0])
+    assert similarity_penalty(a, b) == abs(1 * 4 - 2 * 5 - 3 * 6)
+    ones = torch.ones(8, requires_grad=True)
+    similarity_penalty(ones, torch.ones(8)).backward()
+    assert torch.equal(ones.grad, torch.ones(8))  # |cosine| would have no gradient here
+
+
+def test_optimisation_lowers_held_out_reconstruction(base: Base) -> None:
+    pair = make_pair(base, settings=dataclasses.replace(SETTINGS, draws=40))
+    merged = ziplora(base, [pair], ZipLoRAKnobs(steps=40, learning_rate=0.02))[0]
+    held_out = make_pair(base, settings=dataclasses.replace(SETTINGS, draws=16, seed=99))
+    assert merged.mergers is not None
+    assert reconstruction_of(base, held_out, merged.lora) < 0.8 * reconstruction_of(base, held_out, None)
+    assert merged.report["steps"] == 40
+    assert len(merged.report["subject_loss"]) == 2
+
+
+@torch.no_grad()
+def reconstruction_of(base: Base, pair: Pair, merged: LoRA | None) -> float:
+    """Both reconstruction terms over all draws; None for the direct merge."""
+    total = 0.0
+    with base.slots.loaded([[merged]] if merged is not None else [[pair.subject, pair.style]]):
+        for calibration in (pair.subject_calibration, pair.style_calibration):
+            assert calibration is not None
+            conditioning = calibration.conditioning.repeat(len(calibration.timesteps))
+            predicted = base.predict_noise(calibration.noisy, calibration.timesteps, conditioning)
+            total += (predicted - calibration.target).square().mean().item()
+    return total
+
+
+def test_pairs_side_by_side_equal_each_alone(base: Base) -> None:
+    knobs = ZipLoRAKnobs(steps=5, batch=2, penalty="columns")
+    pairs = [make_pair(base, seed=seed, settings=dataclasses.replace(SETTINGS, draws=10)) for seed in range(3)]
+    together = ziplora(base, pairs, knobs)
+    for pair, mine in zip(pairs, together, strict=True):
+        alone = ziplora(base, [pair], knobs)[0]
+        assert mine.mergers is not None
+        assert alone.mergers is not None
+        for path, merger in alone.mergers.subject.items():
+            torch.testing.assert_close(mine.mergers.subject[path], merger, rtol=0, atol=1e-7)
+
+
+def test_a_seed_decides_the_result_bit_by_bit(base: Base) -> None:
+    first, second = (ziplora(base, [make_pair(base)], ZipLoRAKnobs(steps=4))[0] for _ in range(2))
+    assert first.mergers is not None
+    assert second.mergers is not None
+    assert all(torch.equal(merger, second.mergers.style[path]) for path, merger in first.mergers.style.items())
+
+
+def test_stops_when_the_similarity_reaches_zero(base: Base) -> None:
+    pair = make_pair(base)
+    # nothing but the penalty: each step takes 0.05 off every merger, so that the product of both is gone after about 20
+    knobs = ZipLoRAKnobs(steps=100, learning_rate=0.05, penalty="literal", penalty_weight=1e6, similarity_floor=0.01)
+    optimization = Optimization(base, [pair], knobs)
+    steps = list(optimization)
+    assert 10 < len(steps) < 40
+    assert steps[-1].similarity.item() <= 0.01 < steps[-2].similarity.item()
+    assert optimization.merged()[0].report["stopped_early"]
+
+
+def test_a_layer_that_one_lora_lacks_has_rank_0_there(base: Base) -> None:
+    pair = make_pair(base, drop=3)
+    style = random_lora(base.slots, rank=2, seed=5)
+    pair = dataclasses.replace(pair, style=style, style_calibration=calibrate(base, style, "in ink", INK, SETTINGS))
+    merged = ziplora(base, [pair], ZipLoRAKnobs(steps=2))[0]
+    assert merged.mergers is not None
+    assert merged.mergers.subject.keys() == pair.subject.layers.keys()
+    assert merged.mergers.style.keys() == set(base.slots.targets)
+    assert merged.lora.layers.keys() == set(base.slots.targets)
+
+
+def test_carried_modules_are_part_of_teacher_and_student(base: Base) -> None:
+    """With one LoRA all zero, direct merge and teacher are the same model: the loss starts at zero only if carried parts act in both."""
+    everything = random_lora(base.slots, components="all", scale=0.05)
+    nothing = random_lora(base.slots, scale=0.0)
+    pair = Pair(
+        everything,
+        nothing,
+        calibrate(base, everything, "a dog", DOG, SETTINGS),
+        calibrate(base, everything, "in ink", INK, SETTINGS),
+    )
+    report = ziplora(base, [pair], ZipLoRAKnobs(steps=1))[0].report
+    assert report["subject_loss"][0] < 1e-20
+    assert report["style_loss"][0] < 1e-20
+
+
+def test_divergence_is_an_error(base: Base) -> None:
+    pair = make_pair(base)
+    broken = dataclasses.replace(pair, subject=random_lora(base.slots, scale=float("inf")))
+    with pytest.raises(ArithmeticError, match="not finite at step 1 .*lower the learning rate"):
+        ziplora(base, [broken], ZipLoRAKnobs(steps=2))
+    assert not any(slot.active for slot in base.slots.layers.values())
+
+
+def test_nothing_to_merge_is_an_error(base: Base) -> None:
+    pair = make_pair(base)
+    text = {
+        path: layer
+        for path, layer in random_lora(base.slots, components="all").layers.items()
+        if path.startswith("text_")
+    }
+    with pytest.raises(ValueError, match="nothing to merge: use the direct method"):
+        ziplora(base, [dataclasses.replace(pair, subject=LoRA(text), style=LoRA(text))], ZipLoRAKnobs(steps=1))
+
+
+def test_draws_are_the_same_everywhere_and_use_every_image() -> None:
+    index, noise, timesteps = draw(3, (4, 8, 8), 1000, 10, seed=5)
+    assert index.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    assert noise.shape == (10, 4, 8, 8)
+    assert timesteps.min() >= 0
+    assert timesteps.max() < 1000
+    assert derived_seed(0, "dog") == derived_seed(0, "dog") != derived_seed(1, "dog") != derived_seed(1, "cat")
+
+
+def test_without_images_the_lora_generates_its_own(base: Base) -> None:
+    lora = random_lora(base.slots)
+    settings = dataclasses.replace(SETTINGS, draws=5, size=16)
+    calibration = calibrate(base, lora, "a dog", [], settings)
+    assert calibration.source == "self-generated"
+    assert calibration.noisy.shape == (5, 4, 2, 2)
+    assert calibrate(base, lora, "a dog", DOG, settings).source == "images"
+
+
+def test_shared_noise_is_shared(base: Base) -> None:
+    shared = make_pair(base, settings=dataclasses.replace(SETTINGS, noise="shared"))
+    separate = make_pair(base)
+    assert timesteps_of(shared.subject_calibration) == timesteps_of(shared.style_calibration)
+    assert timesteps_of(separate.subject_calibration) != timesteps_of(separate.style_calibration)
+
+
+def timesteps_of(calibration: Calibration | None) -> list[int]:
+    assert calibration is not None
+    return calibration.timesteps.tolist()
+
+
+def test_knobs_are_checked() -> None:
+    with pytest.raises(ValueError, match="learning_rate is 3"):
+        ZipLoRAKnobs(learning_rate=3)
+    with pytest.raises(ValueError, match="steps is 0; at least 1"):
+        ZipLoRAKnobs(steps=0)
+    assert METHODS["ziplora"].calibration(ZipLoRAKnobs(steps=7, batch=2), seed=1) == CalibrationSettings(
+        14, 1, "separate", None
+    )
+    assert "penalty" in METHODS["ziplora"].knob_names
+    assert METHODS["direct"].load().__name__ == "direct"

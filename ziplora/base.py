@@ -1,0 +1,153 @@
+"""A base model (SDXL or SD 1.5), loaded once and kept: prompts and images in, noise predictions out, LoRA slots in every layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ziplora.slots import Slots
+
+Architecture = Literal["sdxl", "sd15"]
+PIPELINES: dict[type[DiffusionPipeline], Architecture] = {StableDiffusionXLPipeline: "sdxl", StableDiffusionPipeline: "sd15"}
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """Encoded prompts: `embeds` [prompts, tokens, width]; SDXL's `pooled` [prompts, width], None for SD 1.5."""
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+
+    def rows(self, index: Tensor | slice) -> "Conditioning":
+        return Conditioning(self.embeds[index], None if self.pooled is None else self.pooled[index])
+
+    def repeat(self, n: int) -> "Conditioning":
+        """Each prompt n times, in order."""
+        return Conditioning(
+            self.embeds.repeat_interleave(n, 0), None if self.pooled is None else self.pooled.repeat_interleave(n, 0)
+        )
+
+
+def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
+    pooled = [one.pooled for one in conditionings if one.pooled is not None]
+    return Conditioning(torch.cat([one.embeds for one in conditionings]), torch.cat(pooled) if pooled else None)
+
+
+@dataclass
+class Base:
+    """A resident pipeline. `slots` covers its UNet and text encoders; nothing here changes a base weight."""
+
+    pipeline: Any
+    architecture: Architecture
+    slots: Slots
+    alphas_cumprod: Tensor = field(repr=False)  # [training timesteps], fp32
+
+    @property
+    def unet(self) -> Any:
+        return self.pipeline.unet
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def n_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @property
+    def default_size(self) -> int:
+        """Pixels; what the UNet was trained at: 1024 for SDXL, 512 for SD 1.5."""
+        return self.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """With whatever text-encoder LoRAs the slots hold at the moment."""
+        encoded = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return Conditioning(encoded[0], encoded[2] if self.architecture == "sdxl" else None)
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image], width: int, height: int) -> Tensor:
+        """[images, channels, height/f, width/f] scaled latents: the mode of the VAE's posterior, so that a seed decides everything."""
+        vae = self.pipeline.vae
+        dtype = torch.float32 if vae.dtype == torch.float16 and vae.config.force_upcast else vae.dtype
+        vae.to(dtype)  # SDXL's own VAE overflows in fp16
+        # EXIF rotation first, then a centred crop: how the DreamBooth scripts see the same files
+        fitted = [ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height)) for image in images]
+        latents = [
+            vae.encode(self.pipeline.image_processor.preprocess(image).to(self.device, dtype)).latent_dist.mode() for image in fitted
+        ]
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return ((torch.cat(latents) - shift) * vae.config.scaling_factor).to(self.dtype)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """√ᾱ_t·x + √(1−ᾱ_t)·ε (DDPM, arXiv 2006.11239, Eq. 4); latents and noise [n, c, h, w], timesteps [n]."""
+        alpha = self.alphas_cumprod.to(latents.device, torch.float64)[timesteps.to(latents.device)].view(-1, 1, 1, 1)
+        return (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(latents.dtype)
+
+    def predict_noise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """ε(x_t, p) of the model with what its slots hold; [n, c, h, w]. v-prediction bases give v: Eq. 3 compares like with like."""
+        added = None
+        if conditioning.pooled is not None:
+            height, width = (side * self.pipeline.vae_scale_factor for side in noisy.shape[-2:])
+            # original size, crop, target size: as sampled by default, uncropped
+            time_ids = noisy.new_tensor([[height, width, 0, 0, height, width]]).expand(len(noisy), -1)
+            added = {"text_embeds": conditioning.pooled, "time_ids": time_ids}
+        return self.unet(
+            noisy, timesteps.to(noisy.device), encoder_hidden_states=conditioning.embeds, added_cond_kwargs=added
+        ).sample
+
+
+def load_base(location: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None) -> Base:
+    """A diffusers directory or hub id of an SDXL or SD 1.5 pipeline; safetensors weights only.
+
+    Raises OSError when it is not there, ValueError for another kind of pipeline.
+    """
+    pipeline = DiffusionPipeline.from_pretrained(
+        str(location), dtype=dtype, revision=revision, use_safetensors=True, variant=_variant(location), **_extras(location)
+    )
+    return resident(pipeline.to(device))
+
+
+def resident(pipeline: DiffusionPipeline) -> Base:
+    """Freeze a loaded pipeline and put slots into it."""
+    architecture = PIPELINES.get(type(pipeline))
+    if architecture is None:
+        known = " or ".join(kind.__name__ for kind in PIPELINES)
+        raise ValueError(f"base is a {type(pipeline).__name__}; expected {known}")
+    pipeline.set_progress_bar_config(disable=True)
+    components = {
+        name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2") if getattr(pipeline, name, None) is not None
+    }
+    for model in (*components.values(), pipeline.vae):
+        model.requires_grad_(False).eval()
+    alphas = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
+    return Base(pipeline, architecture, Slots(components), alphas)
+
+
+def _variant(location: str | Path) -> str | None:
+    """Hub directories may hold only `….fp16.safetensors`; diffusers finds those when told so."""
+    unet = Path(location) / "unet"
+    if unet.is_dir() and not any(unet.glob("diffusion_pytorch_model*.safetensors.index.json")):
+        names = [path.name for path in unet.glob("diffusion_pytorch_model*.safetensors")]
+        if names and all(".fp16." in name for name in names):
+            return "fp16"
+    return None
+
+
+def _extras(location: str | Path) -> dict[str, Any]:
+    """Arguments that only one of the pipelines takes: no safety checker for SD 1.5, no watermark for SDXL (it would alter every sample)."""
+    name = DiffusionPipeline.load_config(str(location)).get("_class_name")
+    if name == "StableDiffusionXLPipeline":
+        return {"add_watermarker": False}
+    return {"safety_checker": None, "requires_safety_checker": False}

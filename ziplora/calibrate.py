@@ -1,0 +1,91 @@
+"""All that a merge needs to know of one LoRA: fixed draws of (image, noise, timestep), and what the LoRA alone predicts on them.
+
+Both reconstruction terms of ZipLoRA's Eq. 3 (arXiv 2311.13600v2) compare the merged model with ε(L; x, p), the prediction of one LoRA on its
+own noised images and its own prompt. That prediction does not depend on the partner. So it is computed once per LoRA, and an S×T grid needs
+S + T teachers instead of 2·S·T. With as many draws as the optimisation takes steps, every step still sees a fresh draw: nothing is approximated.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ziplora.base import Base, Conditioning
+from ziplora.lora import LoRA, digest
+from ziplora.methods import CalibrationSettings
+from ziplora.sample import sample_latents
+
+TEACHER_ROWS = 4  # predictions per forward pass
+SELF_IMAGES = 4  # as many as a typical subject's reference set
+SELF_STEPS = 25
+SELF_GUIDANCE = 5.0
+
+Source = Literal["images", "self-generated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """`noisy` and `target` [draws, c, h, w], `timesteps` [draws]; `conditioning` is the one encoded prompt, by the LoRA's own text encoders."""
+
+    prompt: str
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    conditioning: Conditioning
+    source: Source
+
+    @property
+    def n_bytes(self) -> int:
+        tensors = (self.noisy, self.timesteps, self.target, self.conditioning.embeds)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def calibrate(
+    base: Base, lora: LoRA, prompt: str, images: Sequence[Image.Image], settings: CalibrationSettings, lora_digest: str | None = None
+) -> Calibration:
+    """Observe `lora` on its own prompt. Without images, latents that the LoRA itself generates take their place.
+
+    The model of a LoRA's own samples is the LoRA, so they cover what the teacher can do, but not how its training images were framed.
+    """
+    side = settings.size or base.default_size
+    seed = settings.seed
+    if settings.noise == "separate":
+        seed = derived_seed(seed, lora_digest or digest(lora))
+    with torch.no_grad(), base.slots.loaded([[lora]]):
+        conditioning = base.encode_prompts([prompt])
+        if images:
+            latents, source = base.encode_images(images, side, side), "images"
+        else:
+            seeds = [derived_seed(seed, f"image {i}") for i in range(SELF_IMAGES)]
+            latents = sample_latents(base, [prompt] * SELF_IMAGES, seeds, SELF_STEPS, SELF_GUIDANCE, side, side)
+            source = "self-generated"
+        index, noise, timesteps = draw(len(latents), latents.shape[1:], base.n_timesteps, settings.draws, seed)
+        clean = latents[index.to(latents.device)]
+        noisy = base.add_noise(clean, noise.to(clean), timesteps)
+        target = torch.cat(
+            [
+                base.predict_noise(noisy[i : i + TEACHER_ROWS], timesteps[i : i + TEACHER_ROWS], conditioning.repeat(len(noisy[i : i + TEACHER_ROWS])))
+                for i in range(0, len(noisy), TEACHER_ROWS)
+            ]
+        )
+    return Calibration(prompt, noisy, timesteps, target, conditioning, source)  # type: ignore[arg-type]
+
+
+def draw(n_images: int, shape: Sequence[int], n_timesteps: int, n_draws: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image indices [draws], standard normal noise [draws, *shape] and timesteps [draws] uniform over the training schedule.
+
+    Images go round in order so that few draws still use all of them. On the CPU: the same draws on every machine.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    timesteps = torch.randint(0, n_timesteps, (n_draws,), generator=generator)
+    noise = torch.randn(n_draws, *shape, generator=generator)
+    return torch.arange(n_draws) % n_images, noise, timesteps
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """A seed for `name` that depends on nothing else: neither on the order of work nor on which worker does it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")

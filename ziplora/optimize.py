@@ -1,0 +1,195 @@
+"""ZipLoRA as published (arXiv 2311.13600v2): Eq. 3 and its short optimisation, for k pairs at once on one resident UNet.
+
+    L = ‖ε(L_m; x_c, p_c) − ε(L_c; x_c, p_c)‖ + ‖ε(L_m; x_s, p_s) − ε(L_s; x_s, p_s)‖ + λ Σ_layers |m_c·m_s|
+
+The mergers m_c, m_s are the only parameters. Both reconstruction terms of all pairs are rows of one forward pass; teachers come from
+`calibrate`. Pairs do not see each other: the loss is a sum over them and Adam acts on each value alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ziplora.base import Base, Conditioning, stack
+from ziplora.calibrate import Calibration
+from ziplora.lora import LoRA, Mergers, zip_merge
+from ziplora.methods import Merged, Pair, ZipLoRAKnobs
+
+
+def similarity_penalty(m_subject: Tensor, m_style: Tensor) -> Tensor:
+    """|m_subject · m_style|, one layer's term of Eq. 3; [..., in] → [...]. A dot product: the cosine has no gradient at 1."""
+    return (m_subject * m_style).sum(-1).abs()
+
+
+def penalty_sum(mergers: Mapping[str, Tensor], form: str) -> Tensor:
+    """The third term of Eq. 3 for mergers [merges, 2, in] of each layer, without λ: [merges]. `form` as in ZipLoRAKnobs.penalty."""
+    terms = []
+    for merger in mergers.values():
+        term = similarity_penalty(merger[:, 0], merger[:, 1])
+        terms.append(term if form == "literal" else term / merger.shape[-1])
+    total = torch.stack(terms).sum(0)
+    return total / len(terms) if form == "mean" else total
+
+
+def reconstruction(predicted: Tensor, target: Tensor, form: str) -> Tensor:
+    """The first two terms of Eq. 3: [merges, 2, rows, c, h, w] → [merges, 2] (subject, style), averaged over rows."""
+    difference = (predicted.double() if predicted.dtype == torch.float64 else predicted.float()) - target
+    if form == "norm":
+        return difference.flatten(3).norm(dim=-1).mean(-1)
+    return difference.square().flatten(2).mean(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One update of every pair; all values [merges]. `similarity` is Σ_layers |m_c·m_s| as a share of its start."""
+
+    number: int
+    subject_loss: Tensor
+    style_loss: Tensor
+    similarity: Tensor
+
+
+class Optimization:
+    """The optimisation of some pairs, as an iterable of `Step` with a length; `merged()` afterwards.
+
+    Leaves the pairs in the base's slots until the iteration ends.
+    """
+
+    def __init__(self, base: Base, pairs: Sequence[Pair], knobs: ZipLoRAKnobs) -> None:
+        self.base, self.pairs, self.knobs = base, pairs, knobs
+        self.mergers: list[Mergers] = []
+        self.history: list[Step] = []
+        self.stopped_at = [knobs.steps] * len(pairs)
+
+    def __len__(self) -> int:
+        return self.knobs.steps
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        base, knobs = self.base, self.knobs
+        calibrations = [(pair.subject_calibration, pair.style_calibration) for pair in self.pairs]
+        base.slots.load([[pair.subject, pair.style] for pair in self.pairs])
+        try:
+            conditioning = student_conditioning(base, self.pairs)
+            mergers = base.slots.attach_mergers()
+            if not mergers:
+                raise ValueError("neither LoRA touches an attention layer of the UNet, so there is nothing to merge: use the direct method")
+            optimizer = torch.optim.Adam(mergers.values(), lr=knobs.learning_rate)
+            start = penalty_sum(mergers, "literal").detach()
+            frozen: list[Mergers | None] = [None] * len(self.pairs)
+            for number in range(1, knobs.steps + 1):
+                noisy, timesteps, target = batch(calibrations, number - 1, knobs.batch)
+                loss = eq3_losses(base, mergers, noisy, timesteps, conditioning.repeat(knobs.batch), target, knobs)
+                # zero_grad before: a gradient left behind would double the memory of the mergers
+                optimizer.zero_grad(set_to_none=True)
+                (loss.reconstruction.sum() + knobs.penalty_weight * loss.penalty.sum()).backward()
+                optimizer.step()
+                step = self._record(number, loss.reconstruction.detach(), penalty_sum(mergers, "literal").detach() / start)
+                for i in (step.similarity <= knobs.similarity_floor).nonzero().flatten().tolist():
+                    if frozen[i] is None:
+                        frozen[i], self.stopped_at[i] = self._take(mergers, i), number
+                yield step
+                if all(frozen):
+                    break
+            self.mergers = [frozen[i] or self._take(mergers, i) for i in range(len(self.pairs))]
+        finally:
+            base.slots.close()
+
+    def _record(self, number: int, losses: Tensor, similarity: Tensor) -> Step:
+        step = Step(number, losses[:, 0].cpu(), losses[:, 1].cpu(), similarity.cpu())
+        if not torch.isfinite(losses).all():
+            raise ArithmeticError(f"the loss is not finite at step {number} (learning rate {self.knobs.learning_rate}): lower the learning rate")
+        self.history.append(step)
+        return step
+
+    def _take(self, mergers: Mapping[str, nn.Parameter], index: int) -> Mergers:
+        """Merge `index`'s coefficients; a layer that only one LoRA has keeps both (the other's multiply nothing)."""
+        values = {path: merger.detach()[index].cpu().clone() for path, merger in mergers.items()}
+        pair = self.pairs[index]
+        return Mergers(
+            {path: value[0] for path, value in values.items() if path in pair.subject.layers},
+            {path: value[1] for path, value in values.items() if path in pair.style.layers},
+        )
+
+    def merged(self) -> list[Merged]:
+        return [
+            Merged(zip_merge(pair.subject, pair.style, mergers), mergers, self._report(i))
+            for i, (pair, mergers) in enumerate(zip(self.pairs, self.mergers, strict=True))
+        ]
+
+    def _report(self, index: int) -> dict[str, Any]:
+        first, last = self.history[0], self.history[self.stopped_at[index] - 1]
+        return {
+            "steps": self.stopped_at[index],
+            "stopped_early": self.stopped_at[index] < self.knobs.steps,
+            "subject_loss": [first.subject_loss[index].item(), last.subject_loss[index].item()],
+            "style_loss": [first.style_loss[index].item(), last.style_loss[index].item()],
+            "similarity": last.similarity[index].item(),
+        }
+
+
+def ziplora(base: Base, pairs: Sequence[Pair], knobs: ZipLoRAKnobs, on_step: Callable[[Step], None] | None = None) -> list[Merged]:
+    """Merge `pairs` side by side. Raises ArithmeticError when the optimisation diverges, ValueError when there is nothing to optimise."""
+    optimization = Optimization(base, pairs, knobs)
+    for step in optimization:
+        if on_step is not None:
+            on_step(step)
+    return optimization.merged()
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The terms of Eq. 3: `reconstruction` [merges, 2] (subject, style), `penalty` [merges], without λ."""
+
+    reconstruction: Tensor
+    penalty: Tensor
+
+
+def eq3_losses(
+    base: Base,
+    mergers: Mapping[str, Tensor],
+    noisy: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    target: Tensor,
+    knobs: ZipLoRAKnobs,
+) -> Losses:
+    """Eq. 3 of each merge in the slots; noisy and target [merges, 2, rows, c, h, w], timesteps [merges, 2, rows], conditioning in the same order."""
+    predicted = base.predict_noise(noisy.flatten(0, 2), timesteps.flatten(), conditioning)
+    return Losses(
+        reconstruction(predicted.unflatten(0, target.shape[:3]), target, knobs.reconstruction), penalty_sum(mergers, knobs.penalty)
+    )
+
+
+def student_conditioning(base: Base, pairs: Sequence[Pair]) -> Conditioning:
+    """Both prompts of every pair, [2·pairs] rows: as the merged text encoders see them, which differ from the teachers' only if a LoRA trains them."""
+    prompts = [
+        calibration
+        for pair in pairs
+        for calibration in (pair.subject_calibration, pair.style_calibration)
+        if calibration is not None
+    ]
+    if not any(touches_text_encoder(lora) for pair in pairs for lora in (pair.subject, pair.style)):
+        return stack([calibration.conditioning for calibration in prompts])
+    return base.encode_prompts([calibration.prompt for calibration in prompts])
+
+
+def touches_text_encoder(lora: LoRA) -> bool:
+    return any(path.startswith("text_encoder") for path in lora.layers)
+
+
+def batch(
+    calibrations: Sequence[tuple[Calibration | None, Calibration | None]], step: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step `step`'s draws of every pair: noisy [merges, 2, rows, c, h, w], timesteps [merges, 2, rows], target like noisy."""
+
+    def pick(calibration: Calibration | None) -> tuple[Tensor, Tensor, Tensor]:
+        assert calibration is not None
+        index = torch.arange(step * rows, (step + 1) * rows) % len(calibration.timesteps)
+        return calibration.noisy[index], calibration.timesteps[index], calibration.target[index]
+
+    picked = [[pick(subject), pick(style)] for subject, style in calibrations]
+    noisy, timesteps, target = (torch.stack([torch.stack([one[i] for one in pair]) for pair in picked]) for i in range(3))
+    return noisy, timesteps, target

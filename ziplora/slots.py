@@ -1,0 +1,221 @@
+"""LoRA slots in a resident model: base weights stay where they are, LoRAs pass through buffers beside them.
+
+A slot takes `parts` LoRAs (one, or a subject and a style) for each of `merges` merges that share a forward pass. With mergers m it computes
+
+    y = W₀x + [B_c B_s] ([A_c∘m_c; A_s∘m_s] x)
+
+which is Eq. 2 of ZipLoRA (arXiv 2311.13600v2): column scaling commutes with B, so ΔW·diag(m)·x = B·(A·diag(m))·x. Folding m into the small
+A costs rank × in multiplications instead of tokens × in, and leaves only the rank-sized product to be kept for the backward pass.
+
+Slots are subclasses of the layers they stand in for and share their parameters, so state dicts, dtype look-ups and pipelines see the base
+model unchanged.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ziplora.errors import ShapeMismatch
+from ziplora.layouts import is_target
+from ziplora.lora import LoRA
+
+
+class Slot:
+    """The buffers of one layer. `down` [merges, parts, rank, in·kernel], `up` [merges, out, parts·rank]; `mergers` [merges, parts, in] or None."""
+
+    down: Tensor | None
+    up: Tensor | None
+    mergers: Tensor | None
+    active: bool
+
+    def _empty(self) -> None:
+        module = cast(nn.Module, self)
+        module.register_buffer("down", None, persistent=False)  # not persistent: a state dict is the base model's
+        module.register_buffer("up", None, persistent=False)
+        self.mergers, self.active = None, False
+
+    def close(self) -> None:
+        """The base layer alone; the buffers are kept for the next load."""
+        self.mergers, self.active = None, False
+
+    def free(self) -> None:
+        self.close()
+        self.down = self.up = None
+
+    @torch.no_grad()
+    def fill(self, layers: Sequence[Sequence[tuple[Tensor, Tensor] | None]], like: Tensor) -> None:
+        """Write `layers[merge][part]` = (down [rank, …], up [out, rank, …]), None where a LoRA does not touch this layer.
+
+        Buffers only ever grow, and smaller ranks are padded with zero rows: reloading a pair of the same shape allocates nothing.
+        """
+        merges, parts = len(layers), len(layers[0])
+        rank = max((pair[0].shape[0] for row in layers for pair in row if pair is not None), default=0)
+        self.close()
+        if rank == 0:
+            return
+        out_features, columns = like.shape[0], like[0].numel()
+        if self.down is None or self.down.shape[:2] != (merges, parts) or self.down.shape[2] < rank:
+            self.down = like.new_zeros(merges, parts, rank, columns)
+            self.up = like.new_zeros(merges, out_features, parts * rank)
+        assert self.up is not None
+        self.down.zero_()
+        self.up.zero_()
+        capacity = self.down.shape[2]
+        for merge, row in enumerate(layers):
+            for part, pair in enumerate(row):
+                if pair is not None:
+                    down, up = pair
+                    first = part * capacity
+                    self.down[merge, part, : down.shape[0]] = down.flatten(1).to(like)
+                    self.up[merge, :, first : first + down.shape[0]] = up.flatten(1).to(like)
+        self.active = True
+
+    def folded(self) -> Tensor:
+        """[A_c∘m_c; A_s∘m_s] of every merge: [merges, parts·rank, in]."""
+        assert self.down is not None
+        down = self.down if self.mergers is None else (self.down * self.mergers.unsqueeze(2)).to(self.down.dtype)
+        return down.flatten(1, 2)
+
+
+class SlotLinear(nn.Linear, Slot):
+    """A Linear with a slot. Rows of the input batch are merge-major: rows of merge 0, rows of merge 1, …"""
+
+    @classmethod
+    def over(cls, linear: nn.Linear) -> "SlotLinear":
+        slot = cls.__new__(cls)
+        nn.Module.__init__(slot)
+        slot.in_features, slot.out_features = linear.in_features, linear.out_features
+        slot.weight, slot.bias = linear.weight, linear.bias
+        slot._empty()
+        return slot
+
+    def forward(self, input: Tensor) -> Tensor:
+        base = F.linear(input, self.weight, self.bias)
+        if not self.active or self.up is None:
+            return base
+        down, up = self.folded(), self.up
+        if len(down) == 1:
+            return base + F.linear(F.linear(input, down[0]), up[0])
+        rows = input.reshape(len(down), -1, self.in_features)
+        return base + torch.bmm(torch.bmm(rows, down.mT), up.mT).reshape(base.shape)
+
+
+class SlotConv2d(nn.Conv2d, Slot):
+    """A Conv2d with a slot: LoRA's down is a convolution of the layer's own kernel, its up a 1×1."""
+
+    @classmethod
+    def over(cls, conv: nn.Conv2d) -> "SlotConv2d":
+        slot = cls.__new__(cls)
+        nn.Module.__init__(slot)
+        # everything a Conv2d computes with (stride, padding, …) is a plain attribute
+        slot.__dict__.update({name: value for name, value in conv.__dict__.items() if not name.startswith("_")})
+        slot._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
+        slot.weight, slot.bias = conv.weight, conv.bias
+        slot._empty()
+        return slot
+
+    def forward(self, input: Tensor) -> Tensor:
+        base = self._conv_forward(input, self.weight, self.bias)
+        if not self.active or self.up is None:
+            return base
+        outputs = [
+            F.conv2d(self._conv_forward(rows, down.unflatten(1, self.weight.shape[1:]), None), up[:, :, None, None])
+            for rows, down, up in zip(input.chunk(len(self.up)), self.folded(), self.up, strict=True)
+        ]
+        return base + torch.cat(outputs)
+
+
+class Slots:
+    """Every Linear and Conv2d of some named models, with a slot in its place. Built once; afterwards only buffers change.
+
+    `layers` maps module paths (`unet.down_blocks.1…to_q`) to slots.
+    """
+
+    def __init__(self, components: Mapping[str, nn.Module]) -> None:
+        self.layers: dict[str, SlotLinear | SlotConv2d] = {}
+        for component, model in components.items():
+            for name, module in list(model.named_modules()):
+                # exact types: quantised or already wrapped layers compute something else
+                if type(module) is nn.Linear:
+                    self._install(component, model, name, SlotLinear.over(module))
+                elif type(module) is nn.Conv2d and module.groups == 1:
+                    self._install(component, model, name, SlotConv2d.over(module))
+        self.targets = {path: layer.in_features for path, layer in self.layers.items() if _is_merge_target(path, layer)}
+
+    def _install(self, component: str, model: nn.Module, name: str, slot: SlotLinear | SlotConv2d) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, slot)
+        self.layers[canonical_path(component, name)] = slot
+
+    def load(self, merges: Sequence[Sequence[LoRA]]) -> None:
+        """Put `merges[i][part]` into the slots, at merger 1; every merge has the same number of parts. Raises ShapeMismatch before it writes."""
+        for lora in (lora for merge in merges for lora in merge):
+            self._check(lora)
+        for path, slot in self.layers.items():
+            slot.fill([[_tensors(lora, path) for lora in merge] for merge in merges], slot.weight)
+
+    def unload(self) -> None:
+        """The base model alone again; the buffers are given back."""
+        for slot in self.layers.values():
+            slot.free()
+
+    @contextmanager
+    def loaded(self, merges: Sequence[Sequence[LoRA]]) -> Iterator["Slots"]:
+        self.load(merges)
+        try:
+            yield self
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """The base model alone again, the buffers kept for the next load."""
+        for slot in self.layers.values():
+            slot.close()
+
+    def attach_mergers(self, initial: float = 1.0) -> dict[str, nn.Parameter]:
+        """Trainable fp32 mergers [merges, parts, in] on every loaded target; fp32 because 1 − 5e-5 is 1 in bf16."""
+        parameters = {}
+        for path, in_features in self.targets.items():
+            slot = self.layers[path]
+            if slot.active and slot.down is not None:
+                shape = (*slot.down.shape[:2], in_features)
+                dtype = torch.float64 if slot.weight.dtype == torch.float64 else torch.float32
+                parameters[path] = nn.Parameter(torch.full(shape, initial, dtype=dtype, device=slot.weight.device))
+                slot.mergers = parameters[path]
+        return parameters
+
+    def _check(self, lora: LoRA) -> None:
+        for path, layer in lora.layers.items():
+            slot = self.layers.get(path)
+            if slot is None:
+                raise ShapeMismatch(f"LoRA has {path}, which this base does not have: was it trained on another base model?")
+            shape = [layer.up.shape[0], *layer.down.shape[1:]]
+            if _without_1x1(shape) != _without_1x1(slot.weight.shape):
+                raise ShapeMismatch(
+                    f"LoRA is {shape} at {path}, the base {list(slot.weight.shape)}: was it trained on another base model?"
+                )
+
+
+def canonical_path(component: str, name: str) -> str:
+    """The path a LoRA knows a module by. transformers ≥ 5 dropped `text_model.` from CLIPTextModel's own names; LoRA files keep it."""
+    if component.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection")):
+        name = f"text_model.{name}"
+    return f"{component}.{name}"
+
+
+def _is_merge_target(path: str, layer: nn.Module) -> bool:
+    return isinstance(layer, SlotLinear) and is_target(path)
+
+
+def _without_1x1(shape: Sequence[int]) -> tuple[int, ...]:
+    """A linear layer and the 1×1 convolution that some files store it as have the same numbers."""
+    return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
+
+
+def _tensors(lora: LoRA, path: str) -> tuple[Tensor, Tensor] | None:
+    layer = lora.layers.get(path)
+    return None if layer is None else (layer.down, layer.up)
