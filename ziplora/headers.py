@@ -6,6 +6,7 @@ The format (https://github.com/huggingface/safetensors): 8 bytes of little-endia
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ class Limits:
     max_tensors: int = 20_000
     max_rank: int = 1024
     max_bytes: int = 8 * 2**30
+
+
+LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ MAGIC = (
 )
 
 
-def read_header(read: Read, size: int, name: str, limits: Limits = Limits()) -> Header:
+def read_header(read: Read, size: int, name: str, limits: Limits = LIMITS) -> Header:
     """The header of a safetensors file of `size` bytes, after at most two reads, every entry checked against the rest.
 
     Raises FormatError, naming the file as `name`, for everything that is no whole, sound safetensors file: empty,
@@ -98,7 +102,7 @@ def read_header(read: Read, size: int, name: str, limits: Limits = Limits()) -> 
     return Header(tensors, metadata, size, 8 + n_header)
 
 
-def read_header_file(path: Path | str, limits: Limits = Limits(), *, name: str | None = None) -> Header:
+def read_header_file(path: Path | str, limits: Limits = LIMITS, *, name: str | None = None) -> Header:
     """`read_header` of a local file; FormatError also where there is none, or a directory."""
     path = Path(path)
     name = name or str(path)
@@ -111,7 +115,7 @@ def read_header_file(path: Path | str, limits: Limits = Limits(), *, name: str |
         raise FormatError(f"{name} cannot be read: {error.strerror or error}") from error
 
 
-def read_header_bytes(content: bytes, name: str, limits: Limits = Limits()) -> Header:
+def read_header_bytes(content: bytes, name: str, limits: Limits = LIMITS) -> Header:
     return read_header(lambda start, stop: content[start:stop], len(content), name, limits)
 
 
@@ -153,8 +157,7 @@ def _json_object(text: bytes, name: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) < len(pairs):
-            seen: set[str] = set()
-            doubled = next(key for key, _ in pairs if key in seen or seen.add(key))
+            doubled = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise FormatError(f"{name} names {shown(doubled)!r} twice in its header")
         return entries
 
@@ -173,7 +176,7 @@ def _metadata(entries: object, name: str) -> dict[str, str]:
     return entries
 
 
-def _tensor_info(key: str, entry: object, name: str) -> TensorInfo:
+def _tensor_info(key: str, entry: Any, name: str) -> TensorInfo:
     if not key.isprintable() or len(key) > 500:
         raise FormatError(f"{name} has a tensor whose name is no sensible text: {shown(repr(key))}")
     match entry:
