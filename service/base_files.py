@@ -1,0 +1,422 @@
+"""What a base model directory holds, from JSON and safetensors headers alone: architecture, shapes, digest."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from service.errors import ManifestError
+from service.jobs import Architecture, BaseRef
+from ziplora.errors import LoRAError
+from ziplora.layouts import Header, read_header_file
+
+ARCHITECTURES: dict[str, Architecture] = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+COMPONENTS: dict[Architecture, tuple[str, ...]] = {
+    "sdxl": ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"),
+    "sd15": ("scheduler", "text_encoder", "tokenizer", "unet", "vae"),
+}
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+MAX_JSON_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFiles:
+    """A base model as found on disk.
+
+    shapes: canonical module path (`unet.…`, `text_encoder.text_model.…`) → weight shape of every linear [out, in] and
+    convolution [out, in, kh, kw] of the UNet and the text encoders. files: relative path → size in bytes of everything
+    that determines results, which is what `digest` covers.
+    """
+
+    location: str  # absolute directory, or hub id
+    revision: str | None  # the commit, for a hub id
+    directory: Path
+    architecture: Architecture
+    variant: str | None  # "fp16" when only such weights are there; what diffusers' `variant=` takes
+    shapes: Mapping[str, tuple[int, ...]]
+    files: Mapping[str, int]
+    default_size: int  # pixels: what the UNet was trained at
+    size_step: int  # pixels: widths and heights are multiples of it
+    scheduler: str  # class name
+    prediction_type: str
+    digest: str
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(self.files.values())
+
+    @property
+    def ref(self) -> BaseRef:
+        return BaseRef(self.location, self.revision, self.digest, self.architecture)
+
+
+class DigestCache:
+    """sha256 of files, remembered by (path, size, modification time) in one JSON file; without a path, only in memory.
+
+    Safe for threads; two processes at most lose each other's additions. A damaged cache file counts as empty.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._known: dict[str, list[Any]] = _json_or_empty(path) if path else {}
+        self._changed = False
+
+    def sha256(self, path: Path) -> str:
+        status = path.stat()
+        key, state = str(path.resolve()), [status.st_size, status.st_mtime_ns]
+        with self._lock:
+            known = self._known.get(key)
+        if known and known[:2] == state:
+            return str(known[2])
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with self._lock:
+            self._known[key] = [*state, digest]
+            self._changed = True
+        return digest
+
+    def remembered(self, key: str, state: list[Any]) -> str | None:
+        """For what is no local file: the digest kept under `key` if its `state` (any JSON list) is still the same."""
+        with self._lock:
+            known = self._known.get(key)
+        return str(known[-1]) if known and known[:-1] == state else None
+
+    def remember(self, key: str, state: list[Any], digest: str) -> None:
+        with self._lock:
+            self._known[key] = [*state, digest]
+            self._changed = True
+
+    def save(self) -> None:
+        """Write the cache if anythingthing is new. Failing to costs time, nothing else, so it is no error."""
+        if self.path is None or not self._changed:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".part", delete=False) as file:
+                json.dump(self._known, file)
+            os.replace(file.name, self.path)
+            self._changed = False
+        except OSError:
+            pass
+
+
+def _json_or_empty(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {key: value for key, value in known.items() if isinstance(value, list) and len(value) >= 2}
+
+
+def read_base(
+    location: str, revision: str | None = None, *, cache: DigestCache | None = None, download: bool = False
+) -> BaseFiles:
+    """A diffusers directory, or a hub id in the local hub cache (`download` fetches what is missing).
+
+    Raises ManifestError with everything that is wrong, one line each.
+    """
+    directory, commit = _find(location, revision, download)
+    architecture, variant, problems = _check_components(directory, location)
+    if problems:
+        raise ManifestError("\n".join(problems))
+    unet = _read_json(directory / "unet/config.json")
+    vae = _read_json(directory / "vae/config.json")
+    scheduler = _read_json(directory / "scheduler/scheduler_config.json")
+    headers = {
+        part: _headers(directory, part, variant) for part in COMPONENTS[architecture] if part in WEIGHTS
+    }  # the VAE's too: a truncated file is found here, not on the GPU
+    shapes = dict(_shapes(headers))
+    _check_unet(location, unet, shapes)
+    vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    files = {
+        file: (directory / file).stat().st_size for file in sorted(_result_files(directory, architecture, variant))
+    }
+    return BaseFiles(
+        location=location,
+        revision=commit,
+        directory=directory,
+        architecture=architecture,
+        variant=variant,
+        shapes=shapes,
+        files=files,
+        default_size=_whole(unet.get("sample_size"), "unet/config.json sample_size", location) * vae_factor,
+        size_step=vae_factor,
+        scheduler=str(scheduler.get("_class_name")),
+        prediction_type=str(scheduler.get("prediction_type", "epsilon")),
+        digest=_digest(directory, files, cache or DigestCache()),
+    )
+
+
+# Where it is
+
+
+def is_hub_id(location: str) -> bool:
+    return HUB_ID.fullmatch(location) is not None
+
+
+def _find(location: str, revision: str | None, download: bool) -> tuple[Path, str | None]:
+    """The directory, and the commit if it is a hub snapshot."""
+    path = Path(location)
+    if path.is_dir():
+        if revision is not None:
+            raise ManifestError(f"base {location} is a directory: a revision goes with a hub id only; remove it")
+        return path, None
+    if path.is_file():
+        raise ManifestError(
+            f"base {location} is a file; expected a diffusers directory: convert a single-file checkpoint with "
+            "StableDiffusionXLPipeline.from_single_file(...).save_pretrained(DIRECTORY)"
+        )
+    if not is_hub_id(location):
+        raise ManifestError(
+            f"base {location} does not exist; expected a diffusers directory or a hub id such as "
+            "stabilityai/stable-diffusion-xl-base-1.0"
+        )
+    return _find_on_hub(location, revision, download)
+
+
+def _find_on_hub(repo: str, revision: str | None, download: bool) -> tuple[Path, str]:
+    try:
+        patterns = _download_patterns(repo, revision) if download else None
+        found = Path(snapshot_download(repo, revision=revision, local_files_only=not download, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ManifestError(
+            f"base {repo}{at} is no directory and not in the local hub cache; fetch it once with `hf download {repo}"
+            f"{f' --revision {revision}' if revision else ''}`, or allow the download"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ManifestError(f"base {repo} could not be fetched from the hub: {str(error).splitlines()[0]}") from error
+    return found, found.name  # a snapshot's directory is named after its commit
+
+
+def _download_patterns(repo: str, revision: str | None) -> list[str]:
+    """What a base needs of a hub repository: full-precision weights where they are complete, else the fp16 variant."""
+    files = {file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or []}
+    parts = [part for part in WEIGHTS if any(file.startswith(f"{part}/") for file in files)]
+    settings = ["model_index.json", *(f"{part}/*.json" for part in parts), "scheduler/*.json", "tokenizer*/*"]
+    full = all(
+        any(_is_weight(Path(file).name, None) for file in files if Path(file).parent == Path(part)) for part in parts
+    )
+    dotted = "" if full else ".fp16"
+    weights = [f"{part}/{WEIGHTS[part]}{dotted}{tail}" for part in parts for tail in (".safetensors", "-*.safetensors")]
+    return settings + weights
+
+
+# What it holds
+
+
+def _check_components(directory: Path, location: str) -> tuple[Architecture, str | None, list[str]]:
+    """Architecture, variant, and every component that is missing or unfit. ManifestError if it is no such pipeline."""
+    index_file = directory / "model_index.json"
+    if not index_file.is_file():
+        raise ManifestError(
+            f"base {location} has no model_index.json{_what_is_there(directory)}; "
+            "expected a diffusers directory of SDXL or SD 1.5"
+        )
+    found = _read_json(index_file).get("_class_name")
+    architecture = ARCHITECTURES.get(str(found))
+    if architecture is None:
+        raise ManifestError(f"base {location} is a {found}; expected {' or '.join(ARCHITECTURES)}")
+    variant = _variant(directory)
+    problems = []
+    for part in COMPONENTS[architecture]:
+        if not (directory / part).is_dir():
+            problems.append(f"base {location} has no {part}/; a {found} needs {', '.join(COMPONENTS[architecture])}")
+        elif part in WEIGHTS:
+            problems += [f"base {location}: {problem}" for problem in _weight_problems(directory / part, variant)]
+        elif part == "scheduler":
+            if not (directory / "scheduler/scheduler_config.json").is_file():
+                problems.append(f"base {location}: scheduler/scheduler_config.json is missing")
+        elif not (directory / part / "tokenizer.json").is_file() and not (
+            (directory / part / "vocab.json").is_file() and (directory / part / "merges.txt").is_file()
+        ):
+            problems.append(f"base {location}: {part}/ holds neither tokenizer.json nor vocab.json with merges.txt")
+    return architecture, variant, problems
+
+
+def _what_is_there(directory: Path) -> str:
+    names = sorted(path.name for path in directory.iterdir())
+    shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+    return f" (it holds {shown})" if names else " (it is empty)"
+
+
+def _variant(directory: Path) -> str | None:
+    """diffusers' rule: the variant is asked for when the UNet has nothing else."""
+    names = [path.name for path in (directory / "unet").glob("*.safetensors")]
+    has_full = any(_is_weight(name, None) for name in names)
+    return "fp16" if not has_full and any(_is_weight(name, "fp16") for name in names) else None
+
+
+def _is_weight(name: str, variant: str | None) -> bool:
+    dotted = rf"\.{variant}" if variant else ""
+    return re.fullmatch(rf"(diffusion_pytorch_model|model){dotted}(-\d+-of-\d+)?\.safetensors", name) is not None
+
+
+def _weight_problems(folder: Path, variant: str | None) -> Iterator[str]:
+    if not (folder / "config.json").is_file():
+        yield f"{folder.name}/config.json is missing"
+    if _weight_files(folder, variant):
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        yield (
+            f"{folder.name}/ has only {pickles[0]}, a format that can run code when it is loaded; "
+            "expected safetensors: load it where you trust it and write it with pipeline.save_pretrained(DIRECTORY)"
+        )
+    else:
+        yield f"{folder.name}/ has no weights; expected {WEIGHTS[folder.name]}.safetensors or its shards"
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files that diffusers would load, the index of shards first; [] if there are none.
+
+    A component without the variant is loaded from its plain file.
+    """
+    stem = WEIGHTS[folder.name]
+    for wanted in (variant, None) if variant else (None,):
+        index = folder / f"{stem}.safetensors.index{f'.{wanted}' if wanted else ''}.json"
+        if index.is_file():
+            return [index, *_shards(index)]
+        single = folder / f"{stem}{f'.{wanted}' if wanted else ''}.safetensors"
+        if single.is_file():
+            return [single]
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    """The shards that an index names, each of them there and beside it."""
+    where = f"{index.parent.name}/{index.name}"
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ManifestError(f"base {index.parent.parent}: {where} has no weight_map; fetch the model again")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ManifestError(
+                f"base {index.parent.parent}: {where} names {name!r}; expected safetensors files beside it"
+            )
+        if not (index.parent / name).is_file():
+            raise ManifestError(
+                f"base {index.parent.parent}: {where} names {name}, which is missing; fetch the model again"
+            )
+    return [index.parent / name for name in names]
+
+
+def _headers(directory: Path, part: str, variant: str | None) -> list[Header]:
+    """The safetensors headers of one component. ManifestError names a file that is truncated or no safetensors."""
+    files = [path for path in _weight_files(directory / part, variant) if path.suffix == ".safetensors"]
+    try:
+        return [read_header_file(path) for path in files]
+    except LoRAError as error:
+        raise ManifestError(f"base {directory}: {error}") from error
+
+
+def _shapes(headers: Mapping[str, Iterable[Header]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Canonical module path → weight shape, for linears and convolutions of the UNet and the text encoders."""
+    for part, files in headers.items():
+        if part == "vae":
+            continue
+        for header in files:
+            for key, tensor in header.tensors.items():
+                module, _, leaf = key.rpartition(".")
+                if leaf == "weight" and len(tensor.shape) in (2, 4) and not module.endswith("_embedding"):
+                    yield _canonical(part, module), tensor.shape
+
+
+def _canonical(part: str, module: str) -> str:
+    """transformers 5 saves the first text encoder without `text_model.`; our paths have it, as older files do."""
+    if part.startswith("text_encoder") and module.startswith("encoder."):
+        module = f"text_model.{module}"
+    return f"{part}.{module}"
+
+
+def _check_unet(location: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ManifestError for UNets that share the pipeline's class but not its use."""
+    channels = shapes.get("unet.conv_in", (0, 0))[1]
+    if channels != 4:
+        kind = {9: "an inpainting UNet", 8: "an image-editing UNet"}.get(channels, "another kind of UNet")
+        raise ManifestError(
+            f"base {location}: unet.conv_in takes {channels} channels ({kind}); expected 4, text to image"
+        )
+    text_width = shapes.get("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", (0, 0))[1]
+    if text_width == 1024 and config.get("cross_attention_dim") == 1024:
+        raise ManifestError(
+            f"base {location} is Stable Diffusion 2 (prompt embeddings of width 1024); expected SD 1.5 or SDXL"
+        )
+    if not any(".attn1.to_q" in module for module in shapes):
+        raise ManifestError(
+            f"base {location}: the UNet has no attention layers under the usual names; expected attn1.to_q …"
+        )
+
+
+def _whole(value: Any, what: str, location: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ManifestError(f"base {location}: {what} is {value!r}; expected a whole number of latent pixels")
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    where = f"base {path.parent}: {path.name}"
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ManifestError(f"{where} is {path.stat().st_size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ManifestError(f"{where} is no JSON ({error}); fetch the model again") from error
+    if not isinstance(value, dict):
+        raise ManifestError(f"{where} holds {type(value).__name__}; expected an object")
+    return value
+
+
+# Its digest
+
+
+def _result_files(directory: Path, architecture: Architecture, variant: str | None) -> Iterator[str]:
+    """Relative posix paths of what is loaded: settings, tokenizers, chosen weights; no README, no other variant."""
+    yield "model_index.json"
+    for part in COMPONENTS[architecture]:
+        if part == "scheduler":
+            yield "scheduler/scheduler_config.json"
+        elif part in WEIGHTS:
+            yield f"{part}/config.json"
+            yield from (f"{part}/{path.name}" for path in _weight_files(directory / part, variant))
+        else:
+            yield from (f"{part}/{name}" for name in TOKENIZER_FILES if (directory / part / name).is_file())
+
+
+def _digest(directory: Path, files: Iterable[str], cache: DigestCache) -> str:
+    """sha256 over the sorted (relative path, sha256) of the files."""
+    names = sorted(files)
+    with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
+        digests = list(pool.map(lambda name: cache.sha256(directory / name), names))
+    cache.save()
+    lines = "".join(f"{digest}  {name}\n" for name, digest in zip(names, digests, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
