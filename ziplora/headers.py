@@ -17,13 +17,13 @@ from ziplora.errors import FormatError
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a reader accepts. A rank-1024 LoRA of every SDXL module stays below all of them."""
+    """What a reader accepts; a merge of two rank-1024 LoRAs of all attention modules of SDXL is still read."""
 
     max_header_bytes: int = (
         32 * 2**20
     )  # the format allows 100 MB; 2,400 tensors with names and metadata need under 1 MB
     max_tensors: int = 20_000
-    max_rank: int = 1024
+    max_rank: int = 2048  # what a merge of two rank-1024 LoRAs has
     max_bytes: int = 8 * 2**30
 
 
