@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,10 +12,11 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from service.digests import DigestCache
 from service.errors import ManifestError
 from service.jobs import Architecture, BaseRef
 from ziplora.errors import LoRAError
-from ziplora.layouts import Header, read_header_file
+from ziplora.layouts import Header, Limits, base_name, module_shapes, read_header_file
 
 ARCHITECTURES: dict[str, Architecture] = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
 COMPONENTS: dict[Architecture, tuple[str, ...]] = {
@@ -42,6 +40,7 @@ TOKENIZER_FILES = (
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 MAX_JSON_BYTES = 32 * 2**20
+WEIGHT_LIMITS = Limits(max_bytes=2**40)  # SDXL's UNet in fp32 has 10 GB in one file
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,67 +74,6 @@ class BaseFiles:
         return BaseRef(self.location, self.revision, self.digest, self.architecture)
 
 
-class DigestCache:
-    """sha256 of files, remembered by (path, size, modification time) in one JSON file; without a path, only in memory.
-
-    Safe for threads; two processes at most lose each other's additions. A damaged cache file counts as empty.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._known: dict[str, list[Any]] = _json_or_empty(path) if path else {}
-        self._changed = False
-
-    def sha256(self, path: Path) -> str:
-        status = path.stat()
-        key, state = str(path.resolve()), [status.st_size, status.st_mtime_ns]
-        with self._lock:
-            known = self._known.get(key)
-        if known and known[:2] == state:
-            return str(known[2])
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        with self._lock:
-            self._known[key] = [*state, digest]
-            self._changed = True
-        return digest
-
-    def remembered(self, key: str, state: list[Any]) -> str | None:
-        """For what is no local file: the digest kept under `key` if its `state` (any JSON list) is still the same."""
-        with self._lock:
-            known = self._known.get(key)
-        return str(known[-1]) if known and known[:-1] == state else None
-
-    def remember(self, key: str, state: list[Any], digest: str) -> None:
-        with self._lock:
-            self._known[key] = [*state, digest]
-            self._changed = True
-
-    def save(self) -> None:
-        """Write the cache if anythingthing is new. Failing to costs time, nothing else, so it is no error."""
-        if self.path is None or not self._changed:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".part", delete=False) as file:
-                json.dump(self._known, file)
-            os.replace(file.name, self.path)
-            self._changed = False
-        except OSError:
-            pass
-
-
-def _json_or_empty(path: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(known, dict):
-        return {}
-    return {key: value for key, value in known.items() if isinstance(value, list) and len(value) >= 2}
-
-
 def read_base(
     location: str, revision: str | None = None, *, cache: DigestCache | None = None, download: bool = False
 ) -> BaseFiles:
@@ -154,7 +92,7 @@ def read_base(
         part: _headers(directory, part, variant) for part in COMPONENTS[architecture] if part in WEIGHTS
     }  # the VAE's too: a truncated file is found here, not on the GPU
     shapes = dict(_shapes(headers))
-    _check_unet(location, unet, shapes)
+    _check_unet(location, shapes)
     vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
     files = {
         file: (directory / file).stat().st_size for file in sorted(_result_files(directory, architecture, variant))
@@ -334,31 +272,21 @@ def _headers(directory: Path, part: str, variant: str | None) -> list[Header]:
     """The safetensors headers of one component. ManifestError names a file that is truncated or no safetensors."""
     files = [path for path in _weight_files(directory / part, variant) if path.suffix == ".safetensors"]
     try:
-        return [read_header_file(path) for path in files]
+        return [read_header_file(path, WEIGHT_LIMITS, name=f"base {path}") for path in files]
     except LoRAError as error:
-        raise ManifestError(f"base {directory}: {error}") from error
+        raise ManifestError(str(error)) from error
 
 
 def _shapes(headers: Mapping[str, Iterable[Header]]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Canonical module path → weight shape, for linears and convolutions of the UNet and the text encoders."""
     for part, files in headers.items():
-        if part == "vae":
-            continue
-        for header in files:
-            for key, tensor in header.tensors.items():
-                module, _, leaf = key.rpartition(".")
-                if leaf == "weight" and len(tensor.shape) in (2, 4) and not module.endswith("_embedding"):
-                    yield _canonical(part, module), tensor.shape
+        for header in files if part != "vae" else ():
+            for module, shape in module_shapes(header, part).items():
+                if not module.endswith("_embedding"):  # tables of tokens and positions
+                    yield module, shape
 
 
-def _canonical(part: str, module: str) -> str:
-    """transformers 5 saves the first text encoder without `text_model.`; our paths have it, as older files do."""
-    if part.startswith("text_encoder") and module.startswith("encoder."):
-        module = f"text_model.{module}"
-    return f"{part}.{module}"
-
-
-def _check_unet(location: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_unet(location: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """ManifestError for UNets that share the pipeline's class but not its use."""
     channels = shapes.get("unet.conv_in", (0, 0))[1]
     if channels != 4:
@@ -366,8 +294,7 @@ def _check_unet(location: str, config: Mapping[str, Any], shapes: Mapping[str, t
         raise ManifestError(
             f"base {location}: unet.conv_in takes {channels} channels ({kind}); expected 4, text to image"
         )
-    text_width = shapes.get("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", (0, 0))[1]
-    if text_width == 1024 and config.get("cross_attention_dim") == 1024:
+    if base_name(shapes) == "SD 2":
         raise ManifestError(
             f"base {location} is Stable Diffusion 2 (prompt embeddings of width 1024); expected SD 1.5 or SDXL"
         )

@@ -280,7 +280,7 @@ class _Reading:
     # Base and output
 
     def _base(self) -> str:
-        """The directory if there is one, else the hub id if it looks like one; `read_base` tells whether it is readable."""
+        """The directory if there is one, else the hub id if it looks like one; it is looked for by `read_base`."""
         section = self._section("base")
         field: FieldPath = ("base", "location") if section else ("base",)
         text = section.get("location") if section else self.raw.get("base")
