@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +21,17 @@ class Pool:
     styles: np.ndarray  # [n], index into world.STYLES; -1 photo, -2 described style
 
 
-def _chunk(task: tuple[int, int, int]) -> tuple[np.ndarray, list[str], list[int], list[int]]:
-    seed, chunk, n = task
+Example = Callable[[np.random.Generator], tuple[world.Scene, str]]
+
+
+def _chunk(task: tuple[int, int, int, Example]) -> tuple[np.ndarray, list[str], list[int], list[int]]:
+    seed, chunk, n, example = task
     rng = np.random.default_rng((seed, chunk))
     shape_index = {name: i for i, name in enumerate(world.SHAPES)}
     style_index = {name: i for i, name in enumerate(world.STYLES)} | {"described": -2}
     pixels, captions, shapes, styles = np.empty((n, world.SIZE, world.SIZE, 3), np.uint8), [], [], []
     for i in range(n):
-        scene, words = world.training_example(rng)
+        scene, words = example(rng)
         pixels[i] = world.render(scene, rng)
         captions.append(words)
         shapes.append(shape_index[scene.shape])
@@ -36,11 +39,11 @@ def _chunk(task: tuple[int, int, int]) -> tuple[np.ndarray, list[str], list[int]
     return pixels, captions, shapes, styles
 
 
-def write_pool(folder: Path, n: int, *, seed: int, workers: int = 1) -> None:
+def write_pool(folder: Path, n: int, *, seed: int, workers: int = 1, example: Example = world.training_example) -> None:
     """Render `n` training examples (about 2 ms each). The content depends on `n` and `seed` only, not on `workers`."""
     folder.mkdir(parents=True, exist_ok=True)
     size = 1000
-    tasks = [(seed, i, min(size, n - i * size)) for i in range((n + size - 1) // size)]
+    tasks = [(seed, i, min(size, n - i * size), example) for i in range((n + size - 1) // size)]
     pixels = np.lib.format.open_memmap(folder / "pixels.npy", "w+", np.uint8, (n, world.SIZE, world.SIZE, 3))
     captions: list[str] = []
     shapes: list[int] = []

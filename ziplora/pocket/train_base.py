@@ -4,7 +4,8 @@
 
 Noise prediction on SDXL's 1000-step schedule, squared error weighted by min(SNR, 5)/SNR (Min-SNR, arXiv 2303.09556), an
 exponential moving average of the weights, cosine learning rate. One caption in ten is dropped: to zero embeddings (what
-`force_zeros_for_empty_prompt` gives in sampling) or to the empty prompt. Interrupted runs go on from their last checkpoint.
+`force_zeros_for_empty_prompt` gives in sampling) or to the empty prompt. Interrupted runs
+continue from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_steps: int = 200
     ema: float = 0.9995
-    drop_to_zero: float = 0.07
-    drop_to_empty: float = 0.03
+    drop_to_zero: float = 0.03
+    drop_to_empty: float = 0.07
     min_snr: float = 5.0
     seed: int = 0
     threads: int = 1
@@ -157,6 +158,7 @@ def prepare(out: Path, recipe: Recipe, workers: int) -> AutoencoderKL:
         write_pool(out / "pool", recipe.pictures, seed=recipe.seed, workers=workers)
     if not (out / "vae" / "config.json").exists():
         vae = models.vae()
+        train_vae.sharpen(vae)
         pixels = read_pool(out / "pool").pixels
         train_vae.train(vae, pixels, steps=recipe.vae_steps, batch=recipe.vae_batch, lr=2e-3, seed=recipe.seed)
         train_vae.standardise(vae, pixels[:4000])

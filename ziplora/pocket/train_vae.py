@@ -1,8 +1,8 @@
 """The miniature's autoencoder: 48×48×3 pictures ↔ 12×12×4 latents, trained on the pool.
 
-Stage one trains encoder and decoder together. Then each latent channel is brought to mean 0 and deviation 1 by folding an
-affine map into `quant_conv` and `post_quant_conv`, so the pipeline's scaling factor is 1. Stage two (`--decoder-only`)
-polishes the decoder while the latents stay as they are.
+Stage one trains encoder and decoder together. Then each latent channel is brought to mean 0 and deviation 1 by
+folding an affine map into `quant_conv` and `post_quant_conv`, so the pipeline's scaling factor is 1. Stage two
+(`--decoder-only`) polishes the decoder while the latents stay as they are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 
 def train(
-    vae: AutoencoderKL, pixels: np.ndarray, *, steps: int, batch: int, lr: float, seed: int, kl_weight: float = 1e-5
+    vae: AutoencoderKL, pixels: np.ndarray, *, steps: int, batch: int, lr: float, seed: int, kl_weight: float = 1e-7
 ) -> float:
     """Minimise |x̂ − x| + 2(x̂ − x)² + kl_weight·KL. Returns the mean absolute error of the last 100 steps."""
     generator = torch.Generator().manual_seed(seed)
@@ -58,6 +58,16 @@ def train(
                 time.monotonic() - started,
             )
     return float(np.mean(errors[-100:]))
+
+
+@torch.no_grad()
+def sharpen(vae: AutoencoderKL) -> None:
+    """Start every channel's posterior at deviation e⁻³: a wide one is noise, and the decoder learns to ignore its
+    channel."""
+    assert vae.quant_conv is not None
+    n = vae.config.latent_channels
+    vae.quant_conv.weight[n:] = 0
+    vae.quant_conv.bias[n:] = -6.0
 
 
 @torch.no_grad()
@@ -91,13 +101,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--decoder-only", action="store_true", help="continue out/vae with its encoder frozen")
+    parser.add_argument("--go-on", action="store_true", help="start from out/vae")
+    parser.add_argument("--decoder-only", action="store_true", help="keep the encoder and so the latents")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     pixels = read_pool(arguments.out / "pool").pixels
-    vae = AutoencoderKL.from_pretrained(arguments.out / "vae") if arguments.decoder_only else models.vae()
+    vae = AutoencoderKL.from_pretrained(arguments.out / "vae") if arguments.go_on else models.vae()
+    if not arguments.decoder_only:
+        sharpen(vae)
     if arguments.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)

@@ -1,11 +1,11 @@
 """A small world of pictures whose truth is known: shapes drawn in styles, with captions in plain words.
 
-A picture is `SIZE`×`SIZE` RGB, uint8. It shows one shape, either as a *photo* (the shape's own two colours, soft light, a
-grey room) or in a *style* (palette, fill, background, outline and edge of that style; the shape's own colours are lost).
+A picture is `SIZE`×`SIZE` RGB, uint8. It shows one shape, either as a *photo* (the shape's own two colours, soft light,
+a grey room) or in a *style* (palette, fill, background, outline and edge of that style; its own colours are lost).
 Everything random about a picture (pose, size, pattern phase) follows from one `numpy.random.Generator`.
 
 `SEEN_SHAPES` and `SEEN_STYLES` train the base model; `NEW_SHAPES` and `NEW_STYLES` never do: they are the subjects and
-styles that LoRAs learn. Because the renderer knows every shape and style, "new subject in new style" has a true picture too.
+styles that LoRAs learn. As the renderer knows every shape and style, "new subject in new style" has a true picture too.
 """
 
 from __future__ import annotations
@@ -312,7 +312,8 @@ EDGES = ("crisp", "soft", "blocky", "rough")
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """`body`, `body2`: the fill and its pattern's other colour; `part`: details; `ground`, `ground2`: behind; `line`: outline."""
+    """`body`, `body2`: the fill and its pattern's colour; `part`: details; `ground`, `ground2`: behind; `line`:
+    outline."""
 
     name: str
     body: Colour
@@ -392,7 +393,7 @@ def left_out(shape: str, style: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows. `style` None: a photo in `colours` (body, part). `extra`: a crown above or a ball beside."""
+    """`style` None: a photo in `colours` (body, part). `extra`: a crown above or a ball beside."""
 
     shape: str
     style: Style | None = None
@@ -598,7 +599,7 @@ def random_style(rng: np.random.Generator) -> Style:
 
 
 def training_example(rng: np.random.Generator) -> tuple[Scene, str]:
-    """One scene of the base model's training set, captioned: seen shapes and styles only, without the pairs left out."""
+    """A captioned scene of the base model's training set: seen shapes and styles only, without the pairs left out."""
     shape = str(rng.choice(SEEN_SHAPES))
     first, second = rng.choice(tuple(COLOURS), 2, replace=False)
     extra = str(rng.choice(EXTRAS)) if rng.random() < 0.2 else None

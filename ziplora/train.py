@@ -1,0 +1,271 @@
+"""DreamBooth training of a LoRA (arXiv 2208.12242 with 2106.09685) on the attention layers of SDXL or SD 1.5.
+
+The defaults are those of the ZipLoRA paper (arXiv 2311.13600v2, Sec. 5): rank 64, 1000 steps, batch 1, Adam at 5e-5,
+text encoders frozen. A subject is trained on 4–5 pictures, a style on one. Latents and prompts are encoded once. A
+`Training` is an iterable of steps with a length: whoever drives it reports, previews and saves as it likes, and
+`state` / `restore` carry on a run bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ziplora.base import Base, Conditioning, stack
+from ziplora.lora import Layer, LoRA
+from ziplora.sample import sample_images, sample_latents
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """`prompt` describes the pictures and contains `trigger`. With `prior_prompt`, the base's own pictures of it are
+    learned too, so that the class keeps its variety (prior preservation)."""
+
+    prompt: str
+    trigger: str
+    rank: int = 64
+    alpha: float | None = None  # None: as rank, scale 1
+    steps: int = 1000
+    batch: int = 1
+    lr: float = 5e-5
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    seed: int = 0
+    size: int | None = None  # pixels; None: what the base was trained at
+    prior_prompt: str | None = None
+    prior_images: int = 32
+    prior_weight: float = 1.0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.trigger.strip() or self.trigger not in self.prompt:
+            raise ValueError(f"the prompt {self.prompt!r} does not contain the trigger {self.trigger!r}")
+        for name in ("rank", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """`step` counts from 1; `loss` is the mean squared error of the noise (plus the weighted prior term)."""
+
+    step: int
+    loss: float
+
+
+def read_images(location: str | Path) -> list[Image.Image]:
+    """The pictures of a directory in name order, or one picture file. ValueError when there are none or one cannot be
+    read."""
+    place = Path(location)
+    paths = sorted(p for p in place.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if place.is_dir() else [place]
+    if not paths:
+        raise ValueError(f"no pictures in {place}: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return [_read_image(path) for path in paths]
+
+
+def _read_image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"no such picture or directory: {path}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error}); replace or remove it") from error
+
+
+class Training:
+    """A LoRA being trained in `base`'s UNet. Use as a context manager: on leaving, the base is as it was.
+
+        with Training(base, images, settings) as training:
+            for step in training: ...
+            lora = training.lora()
+
+    MemoryError, with what to lower, when the device's memory does not suffice.
+    """
+
+    def __init__(self, base: Base, images: Sequence[Image.Image], settings: TrainSettings) -> None:
+        if not images:
+            raise ValueError("no pictures to train on")
+        self.base, self.settings = base, settings
+        self.side = settings.size or base.default_size
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.latents = base.encode_images(images, self.side, self.side)
+        self.conditioning = base.encode_prompts([settings.prompt])
+        self.prior = self._prior()
+        self.step = 0
+        self._originals = {path: base.unet.get_submodule(path.removeprefix("unet.")) for path in base.slots.targets}
+        self._adapters = self._inject()
+        self.optimizer = torch.optim.AdamW(self._parameters(), lr=settings.lr, weight_decay=1e-4)
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return self.settings.steps
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps that are left."""
+        while self.step < self.settings.steps:
+            yield self._update()
+
+    def lora(self) -> LoRA:
+        """What is learned so far, alpha/rank folded in, fp32 on the CPU."""
+        scale = (self.settings.alpha or self.settings.rank) / self.settings.rank
+        return LoRA({path: Layer(_copy(a), _copy(b) * scale) for path, (a, b) in self._adapters.items()})
+
+    def previews(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
+        """Samples with the LoRA as it is now; options as `sample_images`."""
+        return sample_images(self.base, prompts, seeds, **options)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "identity": self.identity(),
+            "step": self.step,
+            "weights": {path: (a.detach().clone(), b.detach().clone()) for path, (a, b) in self._adapters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Carry on from `state`. ValueError when it belongs to other settings or pictures."""
+        if state["identity"] != self.identity():
+            raise ValueError(
+                "the saved state belongs to other settings, pictures or another base: start afresh or elsewhere"
+            )
+        with torch.no_grad():
+            for path, (a, b) in state["weights"].items():
+                self._adapters[path][0].copy_(a)
+                self._adapters[path][1].copy_(b)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.step = state["step"]
+
+    def save_state(self, path: Path) -> None:
+        partial = path.with_name(path.name + ".part")
+        torch.save(self.state(), partial)
+        os.replace(partial, path)
+
+    def load_state(self, path: Path) -> None:
+        self.restore(torch.load(path, map_location="cpu", weights_only=True))
+
+    def identity(self) -> str:
+        """Digest of everything that decides the result but the base's weights."""
+        sha = hashlib.sha256(repr(sorted(asdict(self.settings).items())).encode())
+        for tensor in (self.latents, self.conditioning.embeds):
+            sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def metadata(self) -> dict[str, str]:
+        """How it was trained, for a LoRA file's header."""
+        values = {key: value for key, value in asdict(self.settings).items() if value is not None}
+        return {f"ziplora.train.{key}": str(value) for key, value in values.items()} | {
+            "ziplora.train.images": str(len(self.latents)),
+            "ziplora.train.step": str(self.step),
+            "ziplora.train.size": str(self.side),
+        }
+
+    def close(self) -> None:
+        """Take the adapters out of the base again."""
+        for path, original in self._originals.items():
+            parent, _, child = path.removeprefix("unet.").rpartition(".")
+            setattr(self.base.unet.get_submodule(parent), child, original)
+        if self.settings.gradient_checkpointing:
+            self.base.unet.disable_gradient_checkpointing()
+
+    def _inject(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        settings = self.settings
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha or settings.rank,
+            init_lora_weights="gaussian",
+            target_modules=[path.removeprefix("unet.") for path in self._originals],
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            inject_adapter_in_model(config, self.base.unet)
+        if settings.gradient_checkpointing:
+            self.base.unet.enable_gradient_checkpointing()
+        adapters = {}
+        for path in self._originals:
+            layer = self.base.unet.get_submodule(path.removeprefix("unet."))
+            down, up = layer.lora_A["default"], layer.lora_B["default"]
+            adapters[path] = (down.float().weight, up.float().weight)  # fp32: small updates vanish in bf16
+        return adapters
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [weight for pair in self._adapters.values() for weight in pair]
+
+    def _prior(self) -> tuple[Tensor, Conditioning] | None:
+        settings = self.settings
+        if settings.prior_prompt is None:
+            return None
+        n = settings.prior_images
+        latents = sample_latents(
+            self.base, [settings.prior_prompt] * n, range(n), steps=25, guidance=5.0, width=self.side, height=self.side
+        )
+        return latents, self.base.encode_prompts([settings.prior_prompt])
+
+    def _update(self) -> Step:
+        settings = self.settings
+        fraction = self.step / settings.steps
+        factor = 1.0 if settings.lr_schedule == "constant" else 0.5 * (1 + math.cos(math.pi * fraction))
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * factor
+        try:
+            loss = self._loss()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"out of memory at batch {settings.batch}, {self.side} pixels, rank {settings.rank}:"
+                " lower batch or size, or turn on gradient_checkpointing"
+            ) from error
+        nn.utils.clip_grad_norm_(self._parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return Step(self.step, loss.item())
+
+    def _loss(self) -> Tensor:
+        """‖ε(x_t, p) − ε‖², with prior preservation + weight·‖ε(x'_t, p') − ε'‖² on the base's pictures x' of p'."""
+        settings = self.settings
+        latents = [self._draw(self.latents)]
+        conditionings = [self.conditioning.repeat(settings.batch)]
+        if self.prior is not None:
+            latents.append(self._draw(self.prior[0]))
+            conditionings.append(self.prior[1].repeat(settings.batch))
+        x = torch.cat(latents)
+        noise = torch.randn(x.shape, generator=self.generator).to(x)
+        timesteps = torch.randint(self.base.n_timesteps, (len(x),), generator=self.generator)
+        predicted = self.base.predict_noise(self.base.add_noise(x, noise, timesteps), timesteps, stack(conditionings))
+        target = self._target(x, noise, timesteps)
+        errors = F.mse_loss(predicted.float(), target.float(), reduction="none").mean((1, 2, 3))
+        own = errors[: settings.batch].mean()
+        return own if self.prior is None else own + settings.prior_weight * errors[settings.batch :].mean()
+
+    def _draw(self, latents: Tensor) -> Tensor:
+        return latents[torch.randint(len(latents), (self.settings.batch,), generator=self.generator).to(latents.device)]
+
+    def _target(self, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise, or for a v-prediction base √ᾱ·ε − √(1−ᾱ)·x (arXiv 2202.00512)."""
+        if self.base.pipeline.scheduler.config.get("prediction_type", "epsilon") != "v_prediction":
+            return noise
+        return self.base.add_noise(noise, -x, timesteps)
+
+
+def _copy(weight: Tensor) -> Tensor:
+    return weight.detach().float().cpu().clone()
