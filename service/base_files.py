@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from service.digests import DigestCache
 from service.errors import ManifestError
+from service.inputs import DigestCache, open_input
 from service.jobs import Architecture, BaseRef
 from ziplora.errors import LoRAError
 from ziplora.layouts import Header, Limits, base_name, module_shapes, read_header_file
@@ -75,7 +75,7 @@ class BaseFiles:
 
 
 def read_base(
-    location: str, revision: str | None = None, *, cache: DigestCache | None = None, download: bool = False
+    location: str, revision: str | None = None, *, digests: DigestCache | None = None, download: bool = False
 ) -> BaseFiles:
     """A diffusers directory, or a hub id in the local hub cache (`download` fetches what is missing).
 
@@ -109,7 +109,7 @@ def read_base(
         size_step=vae_factor,
         scheduler=str(scheduler.get("_class_name")),
         prediction_type=str(scheduler.get("prediction_type", "epsilon")),
-        digest=_digest(directory, files, cache or DigestCache()),
+        digest=_digest(directory, files, digests or DigestCache()),
     )
 
 
@@ -339,11 +339,10 @@ def _result_files(directory: Path, architecture: Architecture, variant: str | No
             yield from (f"{part}/{name}" for name in TOKENIZER_FILES if (directory / part / name).is_file())
 
 
-def _digest(directory: Path, files: Iterable[str], cache: DigestCache) -> str:
+def _digest(directory: Path, files: Iterable[str], remembered: DigestCache) -> str:
     """sha256 over the sorted (relative path, sha256) of the files."""
     names = sorted(files)
     with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
-        digests = list(pool.map(lambda name: cache.sha256(directory / name), names))
-    cache.save()
+        digests = list(pool.map(lambda name: open_input(directory / name, remembered).sha256(), names))
     lines = "".join(f"{digest}  {name}\n" for name, digest in zip(names, digests, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()

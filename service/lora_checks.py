@@ -1,0 +1,125 @@
+"""Each LoRA of a manifest with its reference images: there, sound, fit for the base. No values are loaded, no torch.
+
+A file gives a range read of its header and, once per version of it, a pass for its sha256.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from service.base_files import BaseFiles
+from service.errors import BadInput, StorageError
+from service.images import MAX_BYTES, check_image
+from service.inputs import DigestCache, open_input
+from service.jobs import ImageRef
+from service.manifest import LoRASpec, Manifest
+from service.steps import Steps, parallel
+from ziplora.errors import LoRAError
+from ziplora.layouts import ModuleKeys, ParsedLoRA, check_shapes, component, is_target, parse, read_header
+
+OF = re.compile(
+    r"(?:an?\s+|the\s+)?(?:photo|photograph|picture|image|painting|drawing|render(?:ing)?)\s+of\s+(?:an?\s+)?(.+)$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedLoRA:
+    """One LoRA of the manifest as found: its content if it can be used, and all its problems."""
+
+    spec: LoRASpec
+    sha256: str
+    n_bytes: int
+    layout: str
+    modules: Mapping[str, ModuleKeys]  # by canonical path
+    trigger: str | None  # of the file's header
+    notes: tuple[str, ...]
+    images: tuple[ImageRef, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Smallest and largest."""
+        ranks = [keys.rank for keys in self.modules.values()]
+        return (min(ranks), max(ranks)) if ranks else (0, 0)
+
+    @property
+    def carried(self) -> dict[str, int]:
+        """Component → modules outside the merge targets, which pass through at weight 1."""
+        return dict(Counter(component(path) for path in self.modules if not is_target(path)))
+
+
+def check_loras(
+    manifest: Manifest, specs: Sequence[LoRASpec], base: BaseFiles | None, digests: DigestCache, threads: int
+) -> Steps[CheckedLoRA]:
+    """Each LoRA with its images: exists, is sound, fits the base. Without a base, shapes are not looked at."""
+
+    def check(spec: LoRASpec) -> CheckedLoRA:
+        return _check_lora(manifest, spec, base, digests)
+
+    return Steps(len(specs), lambda: parallel(check, specs, threads))
+
+
+def _check_lora(manifest: Manifest, spec: LoRASpec, base: BaseFiles | None, digests: DigestCache) -> CheckedLoRA:
+    problems: list[str] = []
+    sha256, n_bytes, parsed = "", 0, None
+    try:
+        file = open_input(spec.lora, digests)
+        n_bytes = file.size
+        parsed = parse(read_header(file.read, file.size, spec.lora), spec.lora)
+        if base:
+            check_shapes(parsed, base.shapes, spec.lora)
+        sha256 = file.sha256()
+    except (LoRAError, StorageError) as error:
+        problems.append(f"{manifest.where(*spec.field, 'lora')}: {error}")
+    images = []
+    for i, location in enumerate(spec.images):
+        try:
+            images.append(_check_image(location, digests))
+        except (BadInput, StorageError) as error:
+            written_apart = (*spec.field, "images", i) in manifest.lines and len(spec.images) > 1
+            field = ("images", i) if written_apart else ("images",)
+            problems.append(f"{manifest.where(*spec.field, *field)}: {error}")
+    return CheckedLoRA(
+        spec=spec,
+        sha256=sha256,
+        n_bytes=n_bytes,
+        layout=parsed.layout if parsed else "",
+        modules=parsed.modules if parsed else {},
+        trigger=_header_trigger(parsed),
+        notes=parsed.notes if parsed else (),
+        images=tuple(images),
+        problems=tuple(problems),
+    )
+
+
+def _check_image(location: str, digests: DigestCache) -> ImageRef:
+    file = open_input(location, digests)
+    if file.size > MAX_BYTES:
+        raise BadInput(f"{location} has {file.size:,} bytes; at most {MAX_BYTES:,} are read")
+    check_image(file.read(0, file.size), location)
+    return ImageRef(location, file.sha256())
+
+
+def _header_trigger(parsed: ParsedLoRA | None) -> str | None:
+    return parsed.trigger if parsed else None
+
+
+def derived_trigger(prompt: str, role: str) -> str:
+    """The words of a training prompt that stand for the concept.
+
+    Subject: 'a photo of sks dog' → 'sks dog'. Style: 'a cat in szn style' → 'szn style'. Else the whole prompt.
+    """
+    if role == "style" and (match := re.search(r"\b(?:in|by)\s+(?:the\s+)?(.+)$", prompt)):
+        return match[1]
+    match = OF.match(prompt)
+    return match[1] if match else prompt
+
+
+def trigger_of(lora: CheckedLoRA) -> tuple[str, str]:
+    """The trigger words, and where they are from."""
+    if lora.spec.trigger:
+        return lora.spec.trigger, "given"
+    if lora.trigger:
+        return lora.trigger, "from the LoRA file's header"
+    return derived_trigger(lora.spec.prompt, lora.spec.role), "from its prompt"

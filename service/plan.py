@@ -1,0 +1,270 @@
+"""What a manifest comes to: every job with its identity, what is committed already, what is left and what it costs.
+
+Everything that needs no GPU is checked here: files exist, headers are sound, shapes fit the base, images decode, the
+catalog can be listed. A problem of one LoRA does not hide those of another. Neither torch nor Ray is imported.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from service.base_files import BaseFiles, read_base
+from service.catalog import Catalog
+from service.cost import Bytes, Duration, bytes_of, calibration_of, time_from, time_of
+from service.errors import Corrupted, ManifestError, NotFound, ServiceError, StorageError
+from service.inputs import DigestCache
+from service.jobs import Architecture, BaseRef, Concept, Job, SampleSettings
+from service.lora_checks import CheckedLoRA, check_loras, trigger_of
+from service.manifest import LoRASpec, Manifest
+from service.steps import Steps
+from service.storage import open_store
+from service.wording import plain
+
+GUIDANCE: dict[Architecture, float] = {"sdxl": 5.0, "sd15": 7.5}  # the defaults of diffusers' pipelines
+N_TIMED = 20  # finished entries that the time estimate looks at
+
+Watch = Callable[[Steps[Any]], Iterable[Any]]  # hands long work through, as a progress bar does
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`jobs` are all that can be run; those in `committed` are done. `problems` are to be mended first."""
+
+    manifest: str
+    manifest_digest: str
+    output: str
+    base: BaseFiles | None
+    loras: tuple[CheckedLoRA, ...]
+    jobs: tuple[Job, ...]
+    committed: frozenset[str]  # job ids, of these jobs only
+    problems: tuple[str, ...]
+    defaulted: tuple[str, ...]
+    n_bytes: Bytes  # of the jobs left
+    duration: Duration  # of the jobs left
+
+    @property
+    def left(self) -> tuple[Job, ...]:
+        return tuple(job for job in self.jobs if job.job_id not in self.committed)
+
+    def check(self) -> None:
+        """ManifestError with every problem, one line each, if there is any."""
+        if self.problems:
+            raise ManifestError("\n".join(self.problems))
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; jobs by pair, method, seed and id, without their settings."""
+        return {
+            "manifest": {"name": self.manifest, "sha256": self.manifest_digest},
+            "output": self.output,
+            "base": _base_json(self.base) if self.base else None,
+            "loras": [_lora_json(lora) for lora in self.loras],
+            "counts": {"jobs": len(self.jobs), "committed": len(self.committed), "left": len(self.left)},
+            "images_per_job": self.jobs[0].samples.n_images if self.jobs else 0,
+            "bytes": {**asdict(self.n_bytes), "total": self.n_bytes.total},
+            "seconds": {**asdict(self.duration), "total_s": self.duration.total_s},
+            "defaulted": list(self.defaulted),
+            "problems": list(self.problems),
+            "jobs": [
+                {
+                    "job_id": job.job_id,
+                    "subject": job.subject.id,
+                    "style": job.style.id,
+                    "method": job.method,
+                    "seed": job.seed,
+                    "committed": job.job_id in self.committed,
+                }
+                for job in self.jobs
+            ],
+        }
+
+
+def plan(
+    manifest: Manifest,
+    *,
+    digests: DigestCache | None = None,
+    download: bool = False,
+    threads: int = 8,
+    watch: Watch = iter,
+) -> Plan:
+    """The plan of a manifest. Nothing is raised for what is wrong with the user's files: see `Plan.problems`.
+
+    digests: where sha256 sums are remembered; this user's cache if not given. download: fetch a base that is a hub id.
+    watch: is given the checks of all LoRAs and of the catalog as iterables with a length.
+    """
+    digests = digests or DigestCache()
+    base, problems = _base(manifest, digests, download)
+    used = _used(manifest)
+    loras = tuple(watch(check_loras(manifest, used, base, digests, threads)))
+    problems += [problem for lora in loras for problem in lora.problems]
+    samples = _samples(manifest, base) if base else None
+    problems += _size_problems(manifest, base, samples) if base and samples else []
+    jobs: tuple[Job, ...] = ()
+    defaulted = list(manifest.defaulted)
+    if base and samples:
+        concepts = {(lora.spec.role, lora.spec.id): _concept(lora) for lora in loras if not lora.problems}
+        jobs = tuple(_jobs(manifest, base.ref, concepts, samples))
+        defaulted += _sample_defaults(manifest, samples)
+    defaulted += _lora_defaults(loras, jobs)
+    committed, stages, unlisted = _catalog(manifest, jobs)
+    left = [job for job in jobs if job.job_id not in committed]
+    modules = {lora.sha256: lora.modules for lora in loras if not lora.problems}
+    return Plan(
+        manifest=manifest.name,
+        manifest_digest=manifest.digest,
+        output=manifest.output,
+        base=base,
+        loras=loras,
+        jobs=jobs,
+        committed=frozenset(committed),
+        problems=(*problems, *unlisted),
+        defaulted=tuple(defaulted),
+        n_bytes=bytes_of(left, modules),
+        duration=_duration(left, stages, base),
+    )
+
+
+# The parts
+
+
+def _base(manifest: Manifest, digests: DigestCache, download: bool) -> tuple[BaseFiles | None, list[str]]:
+    try:
+        return read_base(manifest.base, manifest.revision, digests=digests, download=download), []
+    except ServiceError as error:
+        return None, [f"{manifest.where('base')}: {line}" for line in str(error).splitlines()]
+
+
+def _used(manifest: Manifest) -> list[LoRASpec]:
+    """The LoRAs that some pair takes."""
+    subjects, styles = {subject for subject, _ in manifest.pairs}, {style for _, style in manifest.pairs}
+    return [lora for lora in manifest.subjects if lora.id in subjects] + [s for s in manifest.styles if s.id in styles]
+
+
+def _concept(lora: CheckedLoRA) -> Concept:
+    spec = lora.spec
+    trigger, _ = trigger_of(lora)
+    return Concept(spec.id, spec.role, spec.lora, lora.sha256, spec.prompt, trigger, lora.images, spec.weight)
+
+
+def _samples(manifest: Manifest, base: BaseFiles) -> SampleSettings:
+    spec = manifest.samples
+    width, height = spec.size or (base.default_size, base.default_size)
+    return SampleSettings(
+        prompts=spec.prompts,
+        seeds=spec.seeds,
+        steps=spec.steps,
+        guidance=GUIDANCE[base.architecture] if spec.guidance is None else spec.guidance,
+        width=width,
+        height=height,
+        scheduler=spec.scheduler,
+        negative=spec.negative,
+        style_strengths=spec.style_strengths,
+    )
+
+
+def _size_problems(manifest: Manifest, base: BaseFiles, samples: SampleSettings) -> list[str]:
+    step = base.size_step
+    if samples.width % step or samples.height % step:
+        return [
+            f"{manifest.where('samples', 'size')}: {samples.width}×{samples.height} pixels do not fit the base; "
+            f"expected multiples of {step}"
+        ]
+    return []
+
+
+def _jobs(
+    manifest: Manifest, base: BaseRef, concepts: Mapping[tuple[str, str], Concept], samples: SampleSettings
+) -> Iterator[Job]:
+    """Method by method and seed by seed, the grid in its order; pairs with a LoRA that cannot be used are left out."""
+    for merge in manifest.merges:
+        for seed in merge.seeds:
+            for subject_id, style_id in manifest.pairs:
+                subject, style = concepts.get(("subject", subject_id)), concepts.get(("style", style_id))
+                if subject and style:
+                    yield Job(base, subject, style, merge.method, merge.knobs, seed, samples, manifest.outputs)
+
+
+def _sample_defaults(manifest: Manifest, samples: SampleSettings) -> Iterator[str]:
+    if not samples.n_images:
+        yield "samples: none asked for, so the catalog will hold no images"
+        return
+    if manifest.samples.guidance is None:
+        yield f"samples.guidance: {plain(samples.guidance)}, as diffusers has it for this base"
+    if manifest.samples.size is None:
+        yield f"samples.size: {samples.width}×{samples.height}, what the base was trained at"
+    if manifest.samples.scheduler is None:
+        yield "samples.scheduler: the base's own"
+
+
+def _lora_defaults(loras: Iterable[CheckedLoRA], jobs: Sequence[Job]) -> Iterator[str]:
+    one_per_merge = {(job.method, id(job.knobs)): job for job in jobs}.values()
+    observed = any(calibration_of(job) for job in one_per_merge)
+    for lora in loras:
+        name = f"{lora.spec.role}s.{lora.spec.id}"
+        trigger, source = trigger_of(lora)
+        if not lora.problems and source != "given":
+            yield f"{name}.trigger: '{trigger}', {source}"
+        if not lora.spec.images and observed:
+            yield f"{name}.images: none, so images that the LoRA itself generates take their place"
+        for note in lora.notes:
+            yield f"{name}.lora: {note}"
+
+
+def _catalog(manifest: Manifest, jobs: Sequence[Job]) -> tuple[set[str], list[Mapping[str, float]], list[str]]:
+    """Which of the jobs are committed, by one listing; what some of them took, by stage; why it cannot be listed."""
+    stages: list[Mapping[str, float]] = []
+    try:
+        catalog = Catalog(open_store(manifest.output))
+        committed = catalog.committed() & {job.job_id for job in jobs}
+        for job_id in sorted(committed)[:N_TIMED] if len(committed) < len(jobs) else ():
+            with suppress(NotFound, Corrupted):
+                stages.append(catalog.entry(job_id).report.get("stages") or {})
+    except StorageError as error:
+        return set(), [], [f"{manifest.where('output')}: {error}"]
+    return committed, [one for one in stages if one], []
+
+
+def _duration(left: Sequence[Job], stages: Sequence[Mapping[str, float]], base: BaseFiles | None) -> Duration:
+    if not left or base is None:
+        return Duration(0.0, 0.0, 0.0, "nothing is left to do")
+    if stages:
+        return time_from(stages, len(left))
+    return time_of(left, base.shapes, base.default_size, base.size_step)
+
+
+# What a program reads
+
+
+def _base_json(base: BaseFiles) -> dict[str, Any]:
+    return {
+        "location": base.location,
+        "revision": base.revision,
+        "architecture": base.architecture,
+        "variant": base.variant,
+        "digest": base.digest,
+        "default_size": base.default_size,
+        "scheduler": base.scheduler,
+        "prediction_type": base.prediction_type,
+        "bytes": base.n_bytes,
+    }
+
+
+def _lora_json(lora: CheckedLoRA) -> dict[str, Any]:
+    trigger, source = trigger_of(lora)
+    return {
+        "id": lora.spec.id,
+        "role": lora.spec.role,
+        "location": lora.spec.lora,
+        "sha256": lora.sha256,
+        "bytes": lora.n_bytes,
+        "layout": lora.layout,
+        "ranks": list(lora.ranks),
+        "modules": len(lora.modules),
+        "carried": lora.carried,
+        "trigger": trigger,
+        "trigger_source": source,
+        "images": [asdict(image) for image in lora.images],
+        "weight": lora.spec.weight,
+        "notes": list(lora.notes),
+        "problems": list(lora.problems),
+    }

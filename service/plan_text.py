@@ -1,0 +1,78 @@
+"""A plan as plain text, line by line; printing is the command line's."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from service.lora_checks import CheckedLoRA
+from service.plan import Plan
+from service.wording import some
+
+SHOWN = 12  # lines of each kind
+
+
+def summary_lines(plan: Plan) -> Iterator[str]:
+    """The plan in plain text, long lists cut; all of it is in `Plan.to_json`."""
+    n_left = len(plan.left)
+    if plan.base:
+        base = plan.base
+        kind = f"{base.architecture}, {base.default_size} px, {base.prediction_type}"
+        yield f"base      {base.location} ({kind}, sha256 {base.digest[:12]})"
+    roles = Counter(lora.spec.role for lora in plan.loras)
+    n_bytes = sum(lora.n_bytes for lora in plan.loras)
+    yield f"LoRAs     {roles['subject']} subjects, {roles['style']} styles, {_size(n_bytes)}"
+    yield f"jobs      {len(plan.jobs)}: {len(plan.committed)} committed, {n_left} to do"
+    for method, n in Counter(job.method for job in plan.jobs).items():
+        yield f"          {n} × {method}"
+    yield f"catalog   {plan.output}"
+    if n_left:
+        images = plan.jobs[0].samples.n_images
+        yield (
+            f"writes    {_size(plan.n_bytes.total)}: merged LoRAs {_size(plan.n_bytes.merged)}"
+            + (f", mergers {_size(plan.n_bytes.mergers)}" if plan.n_bytes.mergers else "")
+            + (f", PEFT twins {_size(plan.n_bytes.peft)}" if plan.n_bytes.peft else "")
+            + (f", {n_left * images} images about {_size(plan.n_bytes.samples)}" if images else ", no images")
+        )
+        yield (
+            f"takes     {_time(plan.duration.total_s)}: calibration {_time(plan.duration.calibrate_s)}, "
+            f"merging {_time(plan.duration.merge_s)}, sampling {_time(plan.duration.sample_s)}"
+        )
+        yield f"          {plan.duration.basis}"
+    elif plan.jobs and not plan.problems:
+        yield "nothing to do: every job of this manifest is committed"
+    yield from _section("carried through at weight 1, outside the layers that are merged:", _carried_lines(plan.loras))
+    yield from _section("taken where the manifest says nothing:", plan.defaulted)
+    yield from _section(f"{len(plan.problems)} to mend first:", plan.problems)
+
+
+def _carried_lines(loras: Iterable[CheckedLoRA]) -> list[str]:
+    """Equal ones together: 'subjects.dog, subjects.cat: 72 of text_encoder'."""
+    names: dict[str, list[str]] = {}
+    for lora in loras:
+        if lora.carried:
+            what = ", ".join(f"{n} of {part}" for part, n in sorted(lora.carried.items()))
+            names.setdefault(what, []).append(f"{lora.spec.role}s.{lora.spec.id}")
+    return [f"{some(who)}: {what}" for what, who in names.items()]
+
+
+def _section(title: str, lines: Sequence[str]) -> Iterator[str]:
+    if lines:
+        yield title
+        yield from (f"  {line}" for line in lines[:SHOWN])
+    if len(lines) > SHOWN:
+        yield f"  … and {len(lines) - SHOWN} more"
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.3g} TB" if n_bytes < 1000 else f"{n_bytes:,.0f} TB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"
