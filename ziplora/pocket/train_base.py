@@ -39,7 +39,7 @@ class Recipe:
     vae_steps: int = 1700
     vae_batch: int = 16
     steps: int = 10_000
-    batch: int = 64
+    batch: int = 48
     lr: float = 1e-3
     weight_decay: float = 0.01
     warmup_steps: int = 200
