@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from service.base_files import BaseFiles
-from service.errors import BadInput, StorageError
+from service.errors import BadInput, NotFound, StorageError
 from service.images import MAX_BYTES, check_image
 from service.inputs import DigestCache, open_input
 from service.jobs import ImageRef
@@ -71,7 +71,7 @@ def _check_lora(manifest: Manifest, spec: LoRASpec, base: BaseFiles | None, dige
             check_shapes(parsed, base.shapes, spec.lora)
         sha256 = file.sha256()
     except (LoRAError, StorageError) as error:
-        problems.append(f"{manifest.where(*spec.field, 'lora')}: {error}")
+        problems.append(f"{manifest.where(*spec.field, 'lora')}: {_advised(error)}")
     images = []
     for i, location in enumerate(spec.images):
         try:
@@ -79,7 +79,7 @@ def _check_lora(manifest: Manifest, spec: LoRASpec, base: BaseFiles | None, dige
         except (BadInput, StorageError) as error:
             written_apart = (*spec.field, "images", i) in manifest.lines and len(spec.images) > 1
             field = ("images", i) if written_apart else ("images",)
-            problems.append(f"{manifest.where(*spec.field, *field)}: {error}")
+            problems.append(f"{manifest.where(*spec.field, *field)}: {_advised(error)}")
     return CheckedLoRA(
         spec=spec,
         sha256=sha256,
@@ -91,6 +91,10 @@ def _check_lora(manifest: Manifest, spec: LoRASpec, base: BaseFiles | None, dige
         images=tuple(images),
         problems=tuple(problems),
     )
+
+
+def _advised(error: Exception) -> str:
+    return f"{error}; relative paths begin at the manifest's directory" if isinstance(error, NotFound) else str(error)
 
 
 def _check_image(location: str, digests: DigestCache) -> ImageRef:

@@ -159,7 +159,8 @@ def check_knobs(method: str, given: Mapping[str, Any], field: FieldPath) -> tupl
             faults.append(Fault((*field, key), unknown(f"{method} has no such knob", [*known, "seed"], key)))
         elif isinstance(value, float) and not math.isfinite(value):
             faults.append(Fault((*field, key), f"expected a finite number, given {value}"))
-    usable = {key: value for key, value in given.items() if key in known}
+    wrong = {fault.field[-1] for fault in faults}
+    usable = {key: value for key, value in given.items() if key not in wrong}
     try:
         # by way of JSON: strict in types, yet a mapping becomes the dataclass and a list a tuple
         knobs: Any = TypeAdapter(METHODS[method].knobs).validate_json(json.dumps(usable), strict=True)

@@ -19,9 +19,10 @@ from service.lora_checks import CheckedLoRA, check_loras, trigger_of
 from service.manifest import LoRASpec, Manifest
 from service.steps import Steps
 from service.storage import open_store
-from service.wording import plain
+from service.wording import field_name, plain, some
 
 GUIDANCE: dict[Architecture, float] = {"sdxl": 5.0, "sd15": 7.5}  # the defaults of diffusers' pipelines
+NO_IMAGES = "no reference images, so images that the LoRA itself generates take their place"
 N_TIMED = 20  # finished entries that the time estimate looks at
 
 Watch = Callable[[Steps[Any]], Iterable[Any]]  # hands long work through, as a progress bar does
@@ -106,6 +107,7 @@ def plan(
         jobs = tuple(_jobs(manifest, base.ref, concepts, samples))
         defaulted += _sample_defaults(manifest, samples)
     defaulted += _lora_defaults(loras, jobs)
+    defaulted += _unused(manifest, used)
     committed, stages, unlisted = _catalog(manifest, jobs)
     left = [job for job in jobs if job.job_id not in committed]
     modules = {lora.sha256: lora.modules for lora in loras if not lora.problems}
@@ -204,10 +206,19 @@ def _lora_defaults(loras: Iterable[CheckedLoRA], jobs: Sequence[Job]) -> Iterato
         trigger, source = trigger_of(lora)
         if not lora.problems and source != "given":
             yield f"{name}.trigger: '{trigger}', {source}"
-        if not lora.spec.images and observed:
-            yield f"{name}.images: none, so images that the LoRA itself generates take their place"
-        for note in lora.notes:
-            yield f"{name}.lora: {note}"
+    notes = {f"{lora.spec.role}s.{lora.spec.id}": list(lora.notes) for lora in loras}
+    for lora in loras if observed else ():
+        if not lora.spec.images:
+            notes[f"{lora.spec.role}s.{lora.spec.id}"].append(NO_IMAGES)
+    for note in dict.fromkeys(note for own in notes.values() for note in own):
+        yield f"{some([name for name, own in notes.items() if note in own])}: {note}"
+
+
+def _unused(manifest: Manifest, used: Iterable[LoRASpec]) -> Iterator[str]:
+    names = {lora.field for lora in used}
+    unused = [field_name(lora.field) for lora in (*manifest.subjects, *manifest.styles) if lora.field not in names]
+    if unused:
+        yield f"{some(unused)}: in no pair, so not looked at"
 
 
 def _catalog(manifest: Manifest, jobs: Sequence[Job]) -> tuple[set[str], list[Mapping[str, float]], list[str]]:

@@ -41,7 +41,9 @@ def summary_lines(plan: Plan) -> Iterator[str]:
         yield "nothing to do: every job of this manifest is committed"
     yield from _section("carried through at weight 1, outside the layers that are merged:", _carried_lines(plan.loras))
     yield from _section("taken where the manifest says nothing:", plan.defaulted)
-    yield from _section(f"{len(plan.problems)} to mend first:", plan.problems)
+    if plan.problems:
+        yield f"{len(plan.problems)} to mend first:"
+        yield from (f"  {problem}" for problem in plan.problems)
 
 
 def _carried_lines(loras: Iterable[CheckedLoRA]) -> list[str]:
@@ -72,7 +74,7 @@ def _size(n_bytes: float) -> str:
 
 def _time(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+        return "0 s" if seconds == 0 else "under 1 s" if seconds < 1 else f"{seconds:.0f} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:,.1f} h"
