@@ -1,5 +1,6 @@
 """Long work as an iterable with a length, and a function over many items on threads. Torch-free, Ray-free."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -24,11 +25,19 @@ class Steps(Generic[T]):
         return self.start()
 
 
-def parallel(function: Callable[[T], R], items: Iterable[T], threads: int, *, ordered: bool = True) -> Iterator[R]:
+def parallel(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    threads: int,
+    *,
+    ordered: bool = True,
+    stop: threading.Event | None = None,
+) -> Iterator[R]:
     """`function` of each item, on threads; results in the order of the items, or as they come.
 
-    Memory is bounded: at most four items per thread are taken ahead, however many there are. The first exception is
-    raised here, after the calls that are under way have returned; no further ones are started.
+    Memory is bounded: at most four items per thread are taken ahead, however many there are. When it ends early, by an
+    exception or because nobody takes further results, no further calls are started, `stop` is set so that long ones can
+    notice, and the calls under way are waited for.
     """
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[R]] = deque()
@@ -40,6 +49,8 @@ def parallel(function: Callable[[T], R], items: Iterable[T], threads: int, *, or
             while waiting:
                 yield from _take(waiting, ordered)
         finally:
+            if stop is not None:
+                stop.set()
             for future in waiting:
                 future.cancel()
 

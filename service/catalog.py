@@ -1,0 +1,279 @@
+"""The catalog: what is finished, what was given up, and the one protocol by which a job becomes finished.
+
+    entries/<job_id>.json                  an entry: its presence is the commit
+    pairs/<job_id>/<attempt>/<name>        the objects that an attempt left; only those that an entry names count
+    failures/<job_id>.json                 given up, with the reason
+    runs/<run_id>/…                        what a run leaves about itself
+    index.parquet, index.json              derived from the above, rebuilt at any time
+
+Entries lie apart from their objects so that resuming lists entries only: a catalog of 100,000 jobs with nine objects
+each is taken up again with 100 list requests instead of 900.
+
+Commit: an attempt uploads its objects under a name of its own, then writes the entry, create-only where the store
+can, and reads it back. The stored entry is the winner, for every reader and every writer. Where the store cannot (or,
+as Swift, lets writers of the same instant through), the later write replaces the earlier: each of them is whole,
+readers see one of them, and the objects of the other are garbage.
+"""
+
+import hashlib
+import logging
+import mimetypes
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from service.entry import (
+    JOB_ID,
+    MAX_BYTES,
+    Entry,
+    Failure,
+    Object,
+    Unreadable,
+    check_object_name,
+    digest_of,
+    read_entry,
+    read_failure,
+    write_entry,
+    write_failure,
+)
+from service.errors import AlreadyCommitted, Corrupted, NotFound, StorageError
+from service.pull import Checked, Pulled, pull, verify
+from service.steps import Steps, parallel
+from service.storage import LocalStore, Store, open_store
+
+if TYPE_CHECKING:
+    from service.index import IndexSummary  # imports pyarrow
+
+T = TypeVar("T", Entry, Failure)
+UPLOADS = 4  # objects of one entry at a time
+MAX_TRACEBACK = 100_000  # characters
+READS = 16  # small records at a time
+log = logging.getLogger("ziplora.catalog")
+
+
+def warn(unreadable: Unreadable) -> None:
+    log.warning("%s is left out: %s", unreadable.key, unreadable.reason)
+
+
+class Catalog:
+    """A catalog in a store (or at a URL or path). Safe for threads and for any number of processes."""
+
+    def __init__(self, store: Store | str | Path) -> None:
+        self.store = open_store(store) if isinstance(store, str | Path) else store
+
+    # What is finished
+
+    def committed(self) -> set[str]:
+        """The ids of all committed jobs, by one listing."""
+        return set(self._job_ids("entries/"))
+
+    def entry(self, job_id: str) -> Entry:
+        """NotFound when the job is not committed, Corrupted when its entry cannot be used."""
+        return read_entry(self._record(entry_key(job_id)), job_id)
+
+    def entries(self, unreadable: Callable[[Unreadable], None] = warn) -> Iterator[Entry]:
+        """All entries in the order of their job ids; one that cannot be read is reported instead of yielded."""
+        return self._records("entries/", read_entry, unreadable)
+
+    def select(
+        self,
+        subject: str = "*",
+        style: str = "*",
+        method: str = "*",
+        unreadable: Callable[[Unreadable], None] = warn,
+    ) -> list[Entry]:
+        """The entries whose ids match these patterns (`*`, `?`, `[abc]`; case counts)."""
+        return [
+            entry
+            for entry in self.entries(unreadable)
+            if fnmatchcase(entry.subject, subject)
+            and fnmatchcase(entry.style, style)
+            and fnmatchcase(entry.method, method)
+        ]
+
+    def digest(self) -> str:
+        """The content of the whole catalog in one hash, whatever the store, times and attempts; Corrupted."""
+        return digest_of(self.entries(_refuse))
+
+    # Becoming finished
+
+    def commit(
+        self, job_id: str, job: Mapping[str, Any], files: Mapping[str, bytes | Path], report: Mapping[str, Any]
+    ) -> Entry:
+        """Publish a job's files (name → content) under its identity `job`. The job is committed when this returns.
+
+        Raises AlreadyCommitted with the winning entry when another attempt was first (not a failure: the job is done);
+        StoreFull, Unavailable, AccessDenied when it could not be stored, after which it may be tried again; Corrupted
+        when the entry that is there cannot be used; ValueError for names that no file system takes.
+        """
+        if not JOB_ID.fullmatch(job_id):
+            raise ValueError(f"{job_id!r} is no job id: 64 hex digits")
+        for name in files:
+            check_object_name(name)
+        winner = self._existing(job_id)
+        if winner:
+            raise AlreadyCommitted(f"job {job_id[:12]} is committed already, by attempt {winner.attempt}", winner)
+        attempt = uuid.uuid4().hex[:16]
+        entry = Entry(job_id, job, {}, report, attempt, datetime.now(UTC))
+        write_entry(entry)  # TypeError before anything is uploaded
+        objects = self._upload(job_id, attempt, files)
+        return self._publish(replace(entry, objects=objects))
+
+    def _existing(self, job_id: str) -> Entry | None:
+        try:
+            return self.entry(job_id)
+        except NotFound:
+            return None
+
+    def _upload(self, job_id: str, attempt: str, files: Mapping[str, bytes | Path]) -> dict[str, Object]:
+        described = [_describe(f"pairs/{job_id}/{attempt}", name, body) for name, body in sorted(files.items())]
+        try:
+            for _ in parallel(
+                lambda item: self.store.put(item.key, files[item.name], content_type=item.content_type),
+                described,
+                UPLOADS,
+            ):
+                pass
+        except BaseException:
+            self._discard(described)
+            raise
+        return {item.name: item for item in described}
+
+    def _publish(self, entry: Entry) -> Entry:
+        """Write the entry unless there is one, and find out which one stands."""
+        body = write_entry(entry)
+        for _ in range(3):
+            refused = False
+            try:
+                self.store.put(entry_key(entry.job_id), body, content_type="application/json", create_only=True)
+            except AlreadyCommitted:  # also the answer to a repeated request whose first answer was lost
+                refused = True
+            winner = self._existing(entry.job_id)
+            if winner is None:  # a conflict between two writers in which neither was stored, or somebody removed it
+                continue
+            if winner.attempt == entry.attempt:
+                return entry
+            if refused:  # nobody has ever seen ours
+                self._discard(entry.objects.values())
+            raise AlreadyCommitted(f"job {entry.job_id[:12]} was committed by attempt {winner.attempt}", winner)
+        raise StorageError(
+            f"{self.store.url}/{entry_key(entry.job_id)} does not stay: is something else removing entries?"
+        )
+
+    def _discard(self, objects: Iterable[Object]) -> None:
+        """Remove objects that no entry names. Best effort: what stays is garbage, which never counts."""
+        for item in objects:
+            try:
+                self.store.delete(item.key)
+            except StorageError as error:
+                log.info("%s stays as garbage: %s", item.key, error)
+                return
+
+    # What was given up
+
+    def record_failure(
+        self,
+        job_id: str,
+        job: Mapping[str, Any],
+        reason: str,
+        kind: str,
+        traceback: str,
+        attempts: int,
+        inputs: Mapping[str, str] | None = None,
+    ) -> Failure:
+        """Write down why a job was given up; a later record of the same job replaces this one."""
+        end = traceback[-MAX_TRACEBACK:]  # where the error is
+        failure = Failure(job_id, job, kind, reason, end, attempts, inputs or {}, datetime.now(UTC))
+        self.store.put(failure_key(job_id), write_failure(failure), content_type="application/json")
+        return failure
+
+    def failures(self, unreadable: Callable[[Unreadable], None] = warn) -> Iterator[Failure]:
+        """The jobs given up and not committed since, in the order of their ids."""
+        failures = list(self._records("failures/", read_failure, unreadable))
+        done = self.committed() if failures else set()
+        return (failure for failure in failures if failure.job_id not in done)
+
+    def clear_failure(self, job_id: str) -> None:
+        self.store.delete(failure_key(job_id))
+
+    # What is derived, and what is taken out
+
+    def build_index(self) -> "IndexSummary":
+        """Write index.parquet and index.json from what is stored now."""
+        from service.index import write_index
+
+        unreadable: list[Unreadable] = []
+        entries = list(self.entries(unreadable.append))
+        failures = list(self.failures(unreadable.append))
+        return write_index(self.store, entries, failures, unreadable)
+
+    def verify(self, subject: str = "*", style: str = "*", method: str = "*") -> Steps[Checked]:
+        """One step per object, held against the sha256 and size in its entry, and per entry that cannot be read."""
+        unreadable: list[Unreadable] = []
+        return verify(self.store, self.select(subject, style, method, unreadable.append), unreadable)
+
+    def pull(
+        self, dest: Path, subject: str = "*", style: str = "*", method: str = "*", extras: Iterable[str] = ()
+    ) -> Steps[Pulled]:
+        """One step per file: the merged LoRAs with their sidecars, under names that a person can read; see `pull.pull`.
+
+        `extras` are patterns of further objects: `samples/*`, `mergers.safetensors`, `peft.safetensors`.
+        """
+        unreadable: list[Unreadable] = []
+        return pull(self.store, self.select(subject, style, method, unreadable.append), unreadable, dest, extras)
+
+    # How it is stored
+
+    def _job_ids(self, prefix: str) -> Iterator[str]:
+        for found in self.store.list(prefix):
+            job_id = found.key.removeprefix(prefix).removesuffix(".json")
+            if JOB_ID.fullmatch(job_id) and found.key == f"{prefix}{job_id}.json":
+                yield job_id
+            else:
+                log.warning("%s/%s is not a record of a job: left out", self.store.url, found.key)
+
+    def _records(
+        self, prefix: str, read: Callable[[bytes, str], T], unreadable: Callable[[Unreadable], None]
+    ) -> Iterator[T]:
+        def record(job_id: str) -> T | Unreadable | None:
+            key = f"{prefix}{job_id}.json"
+            try:
+                return read(self._record(key), job_id)
+            except NotFound:  # removed since the listing
+                return None
+            except Corrupted as error:
+                return Unreadable(key, str(error))
+
+        for found in parallel(record, self._job_ids(prefix), READS):
+            if isinstance(found, Unreadable):
+                unreadable(found)
+            elif found is not None:
+                yield found
+
+    def _record(self, key: str) -> bytes:
+        return self.store.get_range(key, 0, MAX_BYTES + 1)
+
+
+def entry_key(job_id: str) -> str:
+    return f"entries/{job_id}.json"
+
+
+def failure_key(job_id: str) -> str:
+    return f"failures/{job_id}.json"
+
+
+def _describe(directory: str, name: str, body: bytes | Path) -> Object:
+    digest, size = hashlib.sha256(), 0
+    for chunk in [body] if isinstance(body, bytes) else LocalStore(body.parent).stream(body.name):
+        digest.update(chunk)
+        size += len(chunk)
+    content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+    return Object(name, f"{directory}/{name}", digest.hexdigest(), size, content_type)
+
+
+def _refuse(unreadable: Unreadable) -> None:
+    raise Corrupted(f"{unreadable.key}: {unreadable.reason}")
