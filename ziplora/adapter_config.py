@@ -23,17 +23,15 @@ def read_config(metadata: Mapping[str, str], name: str) -> tuple[Mapping[str, An
     if not isinstance(config, dict):
         return {}, [FormatError(f"{name}: lora_adapter_metadata in its header is no JSON object")]
     refusals: list[LoRAError] = []
-    for option, kind in (("use_dora", "DoRA"), ("lora_bias", "LoRA with bias")):
+    for option, kind in (("use_dora", "DoRA"), ("lora_bias", "LoRA bias")):
         if keys := [key for key, value in config.items() if key.rpartition(".")[2] == option and value]:
-            refusals.append(UnsupportedAdapter(f"{name} is a {kind} adapter (its header says {few(keys)}); {ADVICE}"))
+            what = f"{name} is not a plain LoRA: its header says {few(keys)} ({kind})"
+            refusals.append(UnsupportedAdapter(f"{what}; {ADVICE}"))
     for key, value in config.items():
         start = str(value).partition("_")[0].lower()
         if key.rpartition(".")[2] == "init_lora_weights" and start in ("pissa", "olora", "corda", "loftq"):
-            refusals.append(
-                UnsupportedAdapter(
-                    f"{name} was started with {shown(str(value))}, which changes the base model too; {ADVICE}"
-                )
-            )
+            what = f"{name} is not a plain LoRA: it began with {shown(str(value))}, which changes the base model"
+            refusals.append(UnsupportedAdapter(f"{what}; {ADVICE}"))
     return config, refusals
 
 

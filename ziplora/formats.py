@@ -326,7 +326,7 @@ def _write(
     metadata: Mapping[str, str],
     hash_key: str | None = None,
 ) -> None:
-    """A safetensors file with sorted keys: the library's own writer puts metadata in an order that changes between runs.
+    """A safetensors file with sorted keys: the library's own writer orders metadata differently from run to run.
 
     `values` must yield the tensors in sorted order; each is written and dropped. `hash_key` receives the sha256 of all
     bytes behind the header.

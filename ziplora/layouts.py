@@ -232,9 +232,7 @@ def _survey(header: Header, name: str, limits: Limits) -> tuple[ParsedLoRA, list
     understood = not refusals
     adapters.discard("")
     if len(adapters) > 1:
-        refusals.append(
-            FormatError(f"{name} holds several PEFT adapters ({few(sorted(adapters))}): save each as a file")
-        )
+        refusals.append(FormatError(f"{name} holds several PEFT adapters ({few(sorted(adapters))}): save them apart"))
     config, config_refusals = read_config(header.metadata, name)
     refusals += config_refusals
     modules: dict[str, ModuleKeys] = {}
@@ -285,9 +283,8 @@ def _module(
     down, up = header.tensors[keys["down"][0]], header.tensors[keys["up"][0]]
     for role in ("down", "up"):
         if (dtype := header.tensors[keys[role][0]].dtype) not in _WEIGHT_DTYPES:
-            raise FormatError(
-                f"{name}: {shown(keys[role][0])} has dtype {dtype}; one of {', '.join(_WEIGHT_DTYPES)} is read"
-            )
+            readable = ", ".join(_WEIGHT_DTYPES)
+            raise FormatError(f"{name}: {shown(keys[role][0])} has dtype {dtype}; only {readable} are read")
     linear = len(down.shape) == 2 and len(up.shape) == 2
     convolution = len(down.shape) == 4 and len(up.shape) == 4 and up.shape[2:] == (1, 1)
     if not (linear or convolution) or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):

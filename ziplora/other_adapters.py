@@ -22,12 +22,12 @@ ADAPTERS = tuple(
         ("VeRA", r"\.vera_lambda_"),
         ("AdaLoRA", r"\.lora_E\b"),
         ("LyCORIS norm", r"\.[wb]_norm$"),
-        ("LyCORIS full difference", r"\.diff(_b)?$"),
+        ("LyCORIS full-difference", r"\.diff(_b)?$"),
         ("LyCORIS scalar", r"\.scalar$"),
-        ("LoRA with replaced weights", r"\.(set_weight|reshape_weight)$"),
-        ("LoRA with a Tucker-decomposed convolution", r"\.lora_mid\.weight$"),
-        ("LoRA with bias", r"\.(lora_B|lora_up|lora\.up)(\.[^.]+)?\.bias$"),
-        ("LoRA of an embedding", r"\.lora_embedding_[AB]\b"),
+        ("replaced-weight", r"\.(set_weight|reshape_weight)$"),
+        ("Tucker-decomposed", r"\.lora_mid\.weight$"),
+        ("LoRA bias", r"\.(lora_B|lora_up|lora\.up)(\.[^.]+)?\.bias$"),
+        ("embedding LoRA", r"\.lora_embedding_[AB]\b"),
         ("textual inversion", r"^(bundle_emb\.|emb_params$|string_to_param|clip_[lg]$|<[^>]+>$)"),
         ("ControlNet-LLLite", r"^lllite_"),
     )
@@ -73,7 +73,8 @@ def refused_keys(
                 )
             ]
     for kind, keys in kinds.items():
-        refusals.append(UnsupportedAdapter(f"{name} is a {kind} adapter ({len(keys)} keys: {few(keys)}); {ADVICE}"))
+        count = f"{len(keys)} {kind} {'key' if len(keys) == 1 else 'keys'}"
+        refusals.append(UnsupportedAdapter(f"{name} is not a plain LoRA: it has {count} ({few(keys)}); {ADVICE}"))
     if strange and not any("lora" in key.lower() for key in every):
         what = f"{name} holds the weights of a model and no LoRA ({len(strange)} keys: {few(strange)})"
         refusals.append(UnsupportedAdapter(f"{what}; name a LoRA file instead"))
