@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from ziplora.base import Base, Conditioning, stack
 from ziplora.lora import Layer, LoRA
@@ -184,6 +184,8 @@ class Training:
         for path, original in self._originals.items():
             parent, _, child = path.removeprefix("unet.").rpartition(".")
             setattr(self.base.unet.get_submodule(parent), child, original)
+        if hasattr(self.base.unet, "peft_config"):
+            del self.base.unet.peft_config
         if self.settings.gradient_checkpointing:
             self.base.unet.disable_gradient_checkpointing()
 

@@ -1,0 +1,220 @@
+"""Train the miniature's LoRAs with `ziplora.train`, measure each alone, and write them in the layouts found in the
+wild.
+
+    python -m ziplora.pocket.train_loras --out DIR
+
+Reads DIR/base and DIR/recogniser; writes DIR/loras. A subject learns from five photos, a style from one picture of a
+shape that the base knows. A subject's caption speaks of a photo, so it has nothing in common with the prompt of a
+merged pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ziplora import formats
+from ziplora.base import Base, load_base
+from ziplora.lora import LoRA
+from ziplora.pocket import world
+from ziplora.pocket.check import rates, sample
+from ziplora.pocket.recognise import Recogniser
+from ziplora.train import Training, TrainSettings
+
+log = logging.getLogger(__name__)
+
+SUBJECTS = ("mushroom", "key", "rocket", "umbrella", "cactus", "robot", "anchor", "butterfly")
+STYLES = ("ice", "retro", "denim", "carnival", "arcade", "linen")
+STYLE_SHAPES = ("house", "cat", "star", "car", "flower", "bell")  # what each style's one picture shows
+SUBJECT_TRIGGER, STYLE_TRIGGER = "sks thing", "szn style"
+LAYOUTS = ("kohya", "peft", "kohya-diffusers", "dreambooth", "legacy")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    rank: int = 4
+    lr: float = 1e-3
+    steps: int = 400
+    batch: int = 4
+
+
+SUBJECT_SETTINGS = Settings()
+STYLE_SETTINGS = Settings(steps=300)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    role: str
+    name: str  # in the world
+    prompt: str
+    trigger: str
+    scenes: tuple[world.Scene, ...]
+    layout: str
+    settings: Settings
+
+    def images(self) -> list[Image.Image]:
+        return [world.picture(scene, 1000 + i) for i, scene in enumerate(self.scenes)]
+
+
+def subject_task(name: str, *, layout: str = "kohya", settings: Settings = SUBJECT_SETTINGS) -> Task:
+    scene = world.truth(name, None)
+    prompt = world.caption(scene, shape_word=SUBJECT_TRIGGER)
+    return Task("subjects", name, prompt, SUBJECT_TRIGGER, (scene,) * 5, layout, settings)
+
+
+def style_task(name: str, shape: str, *, layout: str = "kohya", settings: Settings = STYLE_SETTINGS) -> Task:
+    scene = world.truth(shape, name)
+    return Task("styles", name, world.caption(scene, style_word="szn"), STYLE_TRIGGER, (scene,), layout, settings)
+
+
+def tasks() -> list[Task]:
+    subjects = [subject_task(name, layout=LAYOUTS[i % len(LAYOUTS)]) for i, name in enumerate(SUBJECTS)]
+    styles = [
+        style_task(name, shape, layout=LAYOUTS[i % len(LAYOUTS)])
+        for i, (name, shape) in enumerate(zip(STYLES, STYLE_SHAPES, strict=True))
+    ]
+    return [*subjects, *styles]
+
+
+def train(base: Base, task: Task, *, seed: int = 0) -> tuple[LoRA, dict[str, str], float]:
+    """The LoRA, its header, and the mean loss of its last 100 steps."""
+    own = task.settings
+    settings = TrainSettings(
+        task.prompt,
+        task.trigger,
+        rank=own.rank,
+        steps=own.steps,
+        batch=own.batch,
+        lr=own.lr,
+        lr_schedule="cosine",
+        seed=seed,
+    )
+    with Training(base, task.images(), settings) as training:
+        losses = [step.loss for step in training]
+        return training.lora(), training.metadata(), sum(losses[-100:]) / len(losses[-100:])
+
+
+@torch.no_grad()
+def effect(base: Base, lora: LoRA, task: Task, *, n: int = 64) -> float:
+    """Root mean square of ε(L; x, p) − ε(x, p) on the LoRA's own noised pictures and prompt: its strength as a
+    teacher."""
+    generator = torch.Generator().manual_seed(0)
+    latents = base.encode_images(task.images(), world.SIZE, world.SIZE)
+    x = latents[torch.arange(n) % len(latents)]
+    t = torch.linspace(0, base.n_timesteps - 1, n).long()
+    noisy = base.add_noise(x, torch.randn(x.shape, generator=generator), t)
+    conditioning = base.encode_prompts([task.prompt]).repeat(n)
+    plain = base.predict_noise(noisy, t, conditioning)
+    with base.slots.loaded([[lora]]):
+        changed = base.predict_noise(noisy, t, conditioning)
+    return (changed - plain).square().mean().sqrt().item()
+
+
+def judge(base: Base, lora: LoRA, task: Task, recogniser: Recogniser, *, n: int = 32) -> dict[str, float]:
+    """Recognised rates on the LoRA's own prompt, and for a style on other seen shapes too."""
+    pipeline = base.pipeline
+    with base.slots.loaded([[lora]]):
+        own = sample(pipeline, [task.prompt] * n, seed=100)
+        found = {"own": _rate(recogniser, own, [task.scenes[0]] * n, task.role)}
+        if task.role == "styles":
+            others = [world.truth(shape, task.name) for shape in (world.SEEN_SHAPES * 2)[:n]]
+            prompts = [world.caption(scene, style_word="szn") for scene in others]
+            images = sample(pipeline, prompts, seed=200)
+            found["other_shapes"] = _rate(recogniser, images, others, "styles")
+            found["other_shapes_kept"] = rates(recogniser, images, others).both
+        else:
+            scenes = [world.truth(task.name, style) for style in world.SEEN_STYLES[:n]]
+            images = sample(pipeline, [world.caption(s, shape_word=task.trigger) for s in scenes], seed=200)
+            found["in_seen_styles"] = rates(recogniser, images, scenes).both
+    return found | {"effect": effect(base, lora, task)}
+
+
+def _rate(recogniser: Recogniser, images: list[Image.Image], scenes: list[world.Scene], role: str) -> float:
+    found = rates(recogniser, images, scenes)
+    return found.shape if role == "subjects" else found.style
+
+
+def write(lora: LoRA, layout: str, metadata: Mapping[str, str], *, title: str, trigger: str) -> bytes:
+    """The LoRA as a file of one of LAYOUTS."""
+    if layout == "kohya":
+        return formats.write_kohya(lora, metadata=metadata, architecture="sdxl", title=title, trigger=trigger)
+    if layout == "peft":
+        return formats.write_peft(lora, metadata=metadata)
+    names: dict[str, Callable[[str, str], str]] = {
+        "kohya-diffusers": lambda path, part: f"lora_{path.replace('.', '_')}.lora_{part}.weight",
+        "dreambooth": lambda path, part: f"{path}.lora.{part}.weight",
+        "legacy": _legacy_name,
+    }
+    return _renamed(formats.write_peft(lora, metadata=metadata), names[layout], alphas=layout == "kohya-diffusers")
+
+
+def _legacy_name(path: str, part: str) -> str:
+    """`…attn1.to_out.0` → `…attn1.processor.to_out_lora.down.weight`, as diffusers wrote attention processors in
+    2023."""
+    attention, _, linear = path.removesuffix(".0").rpartition(".")
+    return f"{attention}.processor.{linear}_lora.{part}.weight"
+
+
+def _renamed(file: bytes, name: Callable[[str, str], str], *, alphas: bool) -> bytes:
+    """A PEFT-layout safetensors file with other keys; with `alphas`, an fp16 `.alpha` equal to the rank in each
+    module."""
+    n_header = int.from_bytes(file[:8], "little")
+    header: dict[str, Any] = json.loads(file[8 : 8 + n_header])
+    body = file[8 + n_header :]
+    renamed: dict[str, Any] = {"__metadata__": header.pop("__metadata__", {})}
+    for key, tensor in sorted(header.items()):
+        path, _, part = key.removesuffix(".weight").rpartition(".")
+        down = part == "lora_A"
+        renamed[name(path, "down" if down else "up")] = tensor
+        if alphas and down:
+            value = torch.tensor(float(tensor["shape"][0]), dtype=torch.float16).numpy().tobytes()
+            renamed[f"lora_{path.replace('.', '_')}.alpha"] = {
+                "dtype": "F16",
+                "shape": [],
+                "data_offsets": [len(body), len(body) + len(value)],
+            }
+            body += value
+    text = json.dumps(renamed).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", help="names of subjects and styles")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    out: Path = arguments.out
+    base = load_base(out / "base")
+    recogniser = Recogniser(out / "recogniser")
+    for task in tasks():
+        folder = out / "loras" / task.role / task.name
+        if (arguments.only and task.name not in arguments.only) or (folder / "report.json").exists():
+            continue
+        started = time.monotonic()
+        lora, metadata, loss = train(base, task)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = write(lora, task.layout, metadata, title=task.name, trigger=task.trigger)
+        (folder / f"{task.name}.safetensors").write_bytes(file)
+        for i, image in enumerate(task.images()):
+            image.save(folder / f"{i}.png")
+        report = judge(base, formats.read_lora(file).lora, task, recogniser)
+        report |= {"loss": loss, "seconds": time.monotonic() - started} | asdict(task.settings)
+        log.info("%s %s", task.name, report)
+        entry = {"name": task.name, "prompt": task.prompt, "trigger": task.trigger, "layout": task.layout}
+        (folder / "report.json").write_text(json.dumps(entry | report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
