@@ -65,8 +65,8 @@ def merged_bytes(subject: Modules, style: Modules) -> int:
 
 
 def merger_bytes(subject: Modules, style: Modules) -> int:
-    """Two fp32 coefficients per column of every target that both LoRAs change."""
-    return sum(2 * 4 * subject[path].in_features for path in subject.keys() & style.keys() if is_target(path))
+    """One fp32 coefficient for each column of every target, for either LoRA where it has the target."""
+    return sum(4 * keys.in_features for side in (subject, style) for path, keys in side.items() if is_target(path))
 
 
 def _joined(subject: Modules, style: Modules) -> dict[str, tuple[int, int]]:
