@@ -1,4 +1,5 @@
-"""A base model (SDXL or SD 1.5), loaded once and kept: prompts and images in, noise predictions out, LoRA slots in every layer."""
+"""A base model (SDXL or SD 1.5), loaded once and kept: prompts and images in, noise predictions out, LoRA slots in
+every layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from torch import Tensor
 from ziplora.slots import Slots
 
 Architecture = Literal["sdxl", "sd15"]
-PIPELINES: dict[type[DiffusionPipeline], Architecture] = {StableDiffusionXLPipeline: "sdxl", StableDiffusionPipeline: "sd15"}
+PIPELINES: dict[type[DiffusionPipeline], Architecture] = {
+    StableDiffusionXLPipeline: "sdxl",
+    StableDiffusionPipeline: "sd15",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +82,17 @@ class Base:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image], width: int, height: int) -> Tensor:
-        """[images, channels, height/f, width/f] scaled latents: the mode of the VAE's posterior, so that a seed decides everything."""
+        """[images, channels, height/f, width/f] scaled latents: the mode of the VAE's posterior, so that a seed
+        decides everything."""
         vae = self.pipeline.vae
         dtype = torch.float32 if vae.dtype == torch.float16 and vae.config.force_upcast else vae.dtype
-        vae.to(dtype)  # SDXL's own VAE overflows in fp16
+        if vae.dtype != dtype:
+            vae.to(dtype)  # SDXL's own VAE overflows in fp16
         # EXIF rotation first, then a centred crop: how the DreamBooth scripts see the same files
         fitted = [ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height)) for image in images]
         latents = [
-            vae.encode(self.pipeline.image_processor.preprocess(image).to(self.device, dtype)).latent_dist.mode() for image in fitted
+            vae.encode(self.pipeline.image_processor.preprocess(image).to(self.device, dtype)).latent_dist.mode()
+            for image in fitted
         ]
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return ((torch.cat(latents) - shift) * vae.config.scaling_factor).to(self.dtype)
@@ -96,7 +103,8 @@ class Base:
         return (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(latents.dtype)
 
     def predict_noise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """ε(x_t, p) of the model with what its slots hold; [n, c, h, w]. v-prediction bases give v: Eq. 3 compares like with like."""
+        """ε(x_t, p) of the model with what its slots hold; [n, c, h, w]. v-prediction bases give v: Eq. 3 compares
+        like with like."""
         added = None
         if conditioning.pooled is not None:
             height, width = (side * self.pipeline.vae_scale_factor for side in noisy.shape[-2:])
@@ -108,13 +116,20 @@ class Base:
         ).sample
 
 
-def load_base(location: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None) -> Base:
+def load_base(
+    location: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> Base:
     """A diffusers directory or hub id of an SDXL or SD 1.5 pipeline; safetensors weights only.
 
     Raises OSError when it is not there, ValueError for another kind of pipeline.
     """
     pipeline = DiffusionPipeline.from_pretrained(
-        str(location), dtype=dtype, revision=revision, use_safetensors=True, variant=_variant(location), **_extras(location)
+        str(location),
+        dtype=dtype,
+        revision=revision,
+        use_safetensors=True,
+        variant=_variant(location),
+        **_extras(location),
     )
     return resident(pipeline.to(device))
 
@@ -127,7 +142,9 @@ def resident(pipeline: DiffusionPipeline) -> Base:
         raise ValueError(f"base is a {type(pipeline).__name__}; expected {known}")
     pipeline.set_progress_bar_config(disable=True)
     components = {
-        name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2") if getattr(pipeline, name, None) is not None
+        name: getattr(pipeline, name)
+        for name in ("unet", "text_encoder", "text_encoder_2")
+        if getattr(pipeline, name, None) is not None
     }
     for model in (*components.values(), pipeline.vae):
         model.requires_grad_(False).eval()
@@ -146,7 +163,8 @@ def _variant(location: str | Path) -> str | None:
 
 
 def _extras(location: str | Path) -> dict[str, Any]:
-    """Arguments that only one of the pipelines takes: no safety checker for SD 1.5, no watermark for SDXL (it would alter every sample)."""
+    """Arguments that only one of the pipelines takes: no safety checker for SD 1.5, no watermark for SDXL (it would
+    alter every sample)."""
     name = DiffusionPipeline.load_config(str(location)).get("_class_name")
     if name == "StableDiffusionXLPipeline":
         return {"add_watermarker": False}

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from ziplora.base import Base
-from ziplora.lora import concat
-from ziplora.methods import DirectKnobs, Merged, Pair
+from ziplora.merged import Merged, Pair
+from ziplora.methods import DirectKnobs
 
 
 def direct(base: Base, pairs: Sequence[Pair], knobs: DirectKnobs) -> list[Merged]:
-    """ΔW_m = ΔW_c + ΔW_s: Eq. 1 of ZipLoRA (arXiv 2311.13600v2), the merge everyone does. Exact, as the concatenation of both factors."""
-    return [Merged(concat([pair.subject, pair.style]), None, {}) for pair in pairs]
+    """ΔW_m = ΔW_c + ΔW_s: Eq. 1 of ZipLoRA (arXiv 2311.13600v2), the merge everyone does."""
+    return [Merged(pair.subject, pair.style, None, {}) for pair in pairs]

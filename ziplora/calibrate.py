@@ -1,8 +1,10 @@
-"""All that a merge needs to know of one LoRA: fixed draws of (image, noise, timestep), and what the LoRA alone predicts on them.
+"""All that a merge needs to know of one LoRA: fixed draws of (image, noise, timestep), and what the LoRA alone
+predicts on them.
 
-Both reconstruction terms of ZipLoRA's Eq. 3 (arXiv 2311.13600v2) compare the merged model with ε(L; x, p), the prediction of one LoRA on its
-own noised images and its own prompt. That prediction does not depend on the partner. So it is computed once per LoRA, and an S×T grid needs
-S + T teachers instead of 2·S·T. With as many draws as the optimisation takes steps, every step still sees a fresh draw: nothing is approximated.
+Both reconstruction terms of ZipLoRA's Eq. 3 (arXiv 2311.13600v2) compare the merged model with ε(L; x, p), the
+prediction of one LoRA on its own noised images and its own prompt. That prediction does not depend on the partner.
+So it is computed once per LoRA, and an S×T grid needs S + T teachers instead of 2·S·T. With as many draws as the
+optimisation takes steps, every step still sees a fresh draw: nothing is approximated.
 """
 
 import hashlib
@@ -29,7 +31,8 @@ Source = Literal["images", "self-generated"]
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """`noisy` and `target` [draws, c, h, w], `timesteps` [draws]; `conditioning` is the one encoded prompt, by the LoRA's own text encoders."""
+    """`noisy` and `target` [draws, c, h, w], `timesteps` [draws]; `conditioning` is the one encoded prompt, by the
+    LoRA's own text encoders."""
 
     prompt: str
     noisy: Tensor
@@ -45,11 +48,17 @@ class Calibration:
 
 
 def calibrate(
-    base: Base, lora: LoRA, prompt: str, images: Sequence[Image.Image], settings: CalibrationSettings, lora_digest: str | None = None
+    base: Base,
+    lora: LoRA,
+    prompt: str,
+    images: Sequence[Image.Image],
+    settings: CalibrationSettings,
+    lora_digest: str | None = None,
 ) -> Calibration:
     """Observe `lora` on its own prompt. Without images, latents that the LoRA itself generates take their place.
 
-    The model of a LoRA's own samples is the LoRA, so they cover what the teacher can do, but not how its training images were framed.
+    The model of a LoRA's own samples is the LoRA, so they cover what the teacher can do, but not how its training
+    images were framed.
     """
     side = settings.size or base.default_size
     seed = settings.seed
@@ -68,15 +77,22 @@ def calibrate(
         noisy = base.add_noise(clean, noise.to(clean), timesteps)
         target = torch.cat(
             [
-                base.predict_noise(noisy[i : i + TEACHER_ROWS], timesteps[i : i + TEACHER_ROWS], conditioning.repeat(len(noisy[i : i + TEACHER_ROWS])))
+                base.predict_noise(
+                    noisy[i : i + TEACHER_ROWS],
+                    timesteps[i : i + TEACHER_ROWS],
+                    conditioning.repeat(len(noisy[i : i + TEACHER_ROWS])),
+                )
                 for i in range(0, len(noisy), TEACHER_ROWS)
             ]
         )
     return Calibration(prompt, noisy, timesteps, target, conditioning, source)  # type: ignore[arg-type]
 
 
-def draw(n_images: int, shape: Sequence[int], n_timesteps: int, n_draws: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image indices [draws], standard normal noise [draws, *shape] and timesteps [draws] uniform over the training schedule.
+def draw(
+    n_images: int, shape: Sequence[int], n_timesteps: int, n_draws: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image indices [draws], standard normal noise [draws, *shape] and timesteps [draws] uniform over the training
+    schedule.
 
     Images go round in order so that few draws still use all of them. On the CPU: the same draws on every machine.
     """

@@ -151,3 +151,33 @@ def _times_columns(lora: LoRA, mergers: Mapping[str, Tensor]) -> LoRA:
             raise ShapeMismatch(f"{path}: mergers of shape {list(m.shape)} on a LoRA down of shape {list(down.shape)}")
         layers[path] = Layer(down * m.to(down), layers[path].up)
     return LoRA(layers)
+
+
+def stacked(parts: Sequence[LoRA]) -> LoRA:
+    """`concat` with every part's rows at the same place in all modules: part i begins at row Σ_{j<i} max_rank(part j).
+
+    Modules that a part lacks, or has at a lower rank, get zero rows. One number then says, for the whole file, which rows
+    came from which LoRA, so that the strength of one of them can be changed later.
+    """
+    paths = dict.fromkeys(path for part in parts for path in part.layers)
+    ranks = [max_rank(part) for part in parts]
+
+    def rows(part: LoRA, path: str, rank: int) -> Layer:
+        like = next(other.layers[path] for other in parts if path in other.layers)
+        layer = part.layers.get(path) or Layer(like.down[:0], like.up[:, :0])
+        down = layer.down.new_zeros(rank, *layer.down.shape[1:])
+        up = layer.up.new_zeros(layer.up.shape[0], rank, *layer.up.shape[2:])
+        down[: layer.rank], up[:, : layer.rank] = layer.down, layer.up
+        return Layer(down, up)
+
+    return LoRA(
+        {
+            path: _side_by_side(path, [rows(part, path, rank) for part, rank in zip(parts, ranks, strict=True) if rank])
+            for path in paths
+        }
+    )
+
+
+def zipped(subject: LoRA, style: LoRA, mergers: Mergers) -> tuple[LoRA, LoRA]:
+    """ΔW_c·diag(m_c) and ΔW_s·diag(m_s), the two summands of Eq. 2 (arXiv 2311.13600v2), as LoRAs of their own."""
+    return _times_columns(subject, mergers.subject), _times_columns(style, mergers.style)

@@ -1,41 +1,22 @@
-"""METHODS: every way to merge a subject LoRA with a style LoRA, behind one signature. Importing this needs no torch: manifests are checked with it.
+"""METHODS: every way to merge a subject LoRA with a style LoRA, behind one signature. Importing this needs no
+torch: manifests are checked with it.
 
-A method is a function `(base, pairs, knobs) -> list[Merged]`; `pairs` may come many at a time because the methods that run the model merge
-several side by side.
+A method is a function `(base, pairs, knobs) -> list[Merged]`; `pairs` may come many at a time because the methods
+that run the model merge several side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from ziplora.base import Base
-    from ziplora.calibrate import Calibration
-    from ziplora.lora import LoRA, Mergers
+    from ziplora.merged import Merged, Pair
 
 ZIPLORA_PAPER = "https://arxiv.org/abs/2311.13600"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """What a method gets: both LoRAs, weights folded in, and the calibrations it asked for."""
-
-    subject: LoRA
-    style: LoRA
-    subject_calibration: Calibration | None = None
-    style_calibration: Calibration | None = None
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What a method yields: one LoRA that holds both, the coefficients if the method has any, and figures for the entry's report."""
-
-    lora: LoRA
-    mergers: Mergers | None
-    report: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +36,18 @@ class DirectKnobs:
 
 @dataclass(frozen=True, slots=True)
 class ZipLoRAKnobs:
-    """Settings of ZipLoRA's optimisation. The paper states the first three; the rest are choices it leaves open, made here by name.
+    """Settings of ZipLoRA's optimisation. The paper states the first three; the rest are choices it leaves open,
+    made here by name.
 
-    penalty: what multiplies λ. `literal` is Eq. 3 as printed, Σ_layers |m_c·m_s|, which at SDXL's size starts at 785,920 and drives every
-    merger to zero; `columns` divides each layer's dot product by its number of columns (starts at the number of layers); `mean` averages
-    that over layers (starts at 1) and so keeps the penalty on the scale of a mean squared error.
-    reconstruction: `mean-square` is the mean over latent values of (ε_merged − ε_teacher)², `norm` the plain 2-norm as printed.
-    noise: `separate` draws noise and timesteps for each LoRA by itself; `shared` uses the same for subject and style.
-    draws: distinct (image, noise, timestep) draws per LoRA; None means a fresh one at every step, as in ordinary training.
-    batch: draws per step and branch. size: pixels of the reference images; None for what the base was trained at.
-    similarity_floor: stop when Σ_layers |m_c·m_s| has fallen to this share of its start (the paper: "until the similarity is zero").
+    penalty: what multiplies λ. `literal` is Eq. 3 as printed, Σ_layers |m_c·m_s|, which at SDXL's size starts at
+    785,920 and drives every merger to zero; `columns` divides each layer's dot product by its number of columns
+    (starts at the number of layers); `mean` averages that over layers (starts at 1) and so keeps the penalty on the
+    scale of a mean squared error. reconstruction: `mean-square` is the mean over latent values of (ε_merged −
+    ε_teacher)², `norm` the plain 2-norm as printed. noise: `separate` draws noise and timesteps for each LoRA by
+    itself; `shared` uses the same for subject and style. draws: distinct (image, noise, timestep) draws per LoRA;
+    None means a fresh one at every step, as in ordinary training. batch: draws per step and branch. size: pixels of
+    the reference images; None for what the base was trained at. similarity_floor: stop when Σ_layers |m_c·m_s| has
+    fallen to this share of its start (the paper: "until the similarity is zero").
     """
 
     steps: int = 100

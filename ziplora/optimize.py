@@ -1,12 +1,14 @@
-"""ZipLoRA as published (arXiv 2311.13600v2): Eq. 3 and its short optimisation, for k pairs at once on one resident UNet.
+"""ZipLoRA as published (arXiv 2311.13600v2): Eq. 3 and its short optimisation, for k pairs at once on one resident
+UNet.
 
     L = ‖ε(L_m; x_c, p_c) − ε(L_c; x_c, p_c)‖ + ‖ε(L_m; x_s, p_s) − ε(L_s; x_s, p_s)‖ + λ Σ_layers |m_c·m_s|
 
-The mergers m_c, m_s are the only parameters. Both reconstruction terms of all pairs are rows of one forward pass; teachers come from
-`calibrate`. Pairs do not see each other: the loss is a sum over them and Adam acts on each value alone.
+The mergers m_c, m_s are the only parameters. Both reconstruction terms of all pairs are rows of one forward pass;
+teachers come from `calibrate`. Pairs do not see each other: the loss is a sum over them and Adam acts on each value
+alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +17,20 @@ from torch import Tensor, nn
 
 from ziplora.base import Base, Conditioning, stack
 from ziplora.calibrate import Calibration
-from ziplora.lora import LoRA, Mergers, zip_merge
-from ziplora.methods import Merged, Pair, ZipLoRAKnobs
+from ziplora.lora import LoRA, Mergers, zipped
+from ziplora.merged import Merged, Pair
+from ziplora.methods import ZipLoRAKnobs
 
 
 def similarity_penalty(m_subject: Tensor, m_style: Tensor) -> Tensor:
-    """|m_subject · m_style|, one layer's term of Eq. 3; [..., in] → [...]. A dot product: the cosine has no gradient at 1."""
+    """|m_subject · m_style|, one layer's term of Eq. 3; [..., in] → [...]. A dot product: the cosine has no
+    gradient at 1."""
     return (m_subject * m_style).sum(-1).abs()
 
 
 def penalty_sum(mergers: Mapping[str, Tensor], form: str) -> Tensor:
-    """The third term of Eq. 3 for mergers [merges, 2, in] of each layer, without λ: [merges]. `form` as in ZipLoRAKnobs.penalty."""
+    """The third term of Eq. 3 for mergers [merges, 2, in] of each layer, without λ: [merges]. `form` as in
+    ZipLoRAKnobs.penalty."""
     terms = []
     for merger in mergers.values():
         term = similarity_penalty(merger[:, 0], merger[:, 1])
@@ -67,7 +72,7 @@ class Optimization:
     def __len__(self) -> int:
         return self.knobs.steps
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Step]:
         base, knobs = self.base, self.knobs
         calibrations = [(pair.subject_calibration, pair.style_calibration) for pair in self.pairs]
         base.slots.load([[pair.subject, pair.style] for pair in self.pairs])
@@ -75,7 +80,9 @@ class Optimization:
             conditioning = student_conditioning(base, self.pairs)
             mergers = base.slots.attach_mergers()
             if not mergers:
-                raise ValueError("neither LoRA touches an attention layer of the UNet, so there is nothing to merge: use the direct method")
+                raise ValueError(
+                    "neither LoRA touches an attention layer of the UNet: nothing to merge, use the direct method"
+                )
             optimizer = torch.optim.Adam(mergers.values(), lr=knobs.learning_rate)
             start = penalty_sum(mergers, "literal").detach()
             frozen: list[Mergers | None] = [None] * len(self.pairs)
@@ -86,7 +93,9 @@ class Optimization:
                 optimizer.zero_grad(set_to_none=True)
                 (loss.reconstruction.sum() + knobs.penalty_weight * loss.penalty.sum()).backward()
                 optimizer.step()
-                step = self._record(number, loss.reconstruction.detach(), penalty_sum(mergers, "literal").detach() / start)
+                step = self._record(
+                    number, loss.reconstruction.detach(), penalty_sum(mergers, "literal").detach() / start
+                )
                 for i in (step.similarity <= knobs.similarity_floor).nonzero().flatten().tolist():
                     if frozen[i] is None:
                         frozen[i], self.stopped_at[i] = self._take(mergers, i), number
@@ -100,7 +109,9 @@ class Optimization:
     def _record(self, number: int, losses: Tensor, similarity: Tensor) -> Step:
         step = Step(number, losses[:, 0].cpu(), losses[:, 1].cpu(), similarity.cpu())
         if not torch.isfinite(losses).all():
-            raise ArithmeticError(f"the loss is not finite at step {number} (learning rate {self.knobs.learning_rate}): lower the learning rate")
+            raise ArithmeticError(
+                f"the loss is not finite at step {number}: lower the learning rate ({self.knobs.learning_rate})"
+            )
         self.history.append(step)
         return step
 
@@ -115,7 +126,7 @@ class Optimization:
 
     def merged(self) -> list[Merged]:
         return [
-            Merged(zip_merge(pair.subject, pair.style, mergers), mergers, self._report(i))
+            Merged(*zipped(pair.subject, pair.style, mergers), mergers, self._report(i))
             for i, (pair, mergers) in enumerate(zip(self.pairs, self.mergers, strict=True))
         ]
 
@@ -130,8 +141,11 @@ class Optimization:
         }
 
 
-def ziplora(base: Base, pairs: Sequence[Pair], knobs: ZipLoRAKnobs, on_step: Callable[[Step], None] | None = None) -> list[Merged]:
-    """Merge `pairs` side by side. Raises ArithmeticError when the optimisation diverges, ValueError when there is nothing to optimise."""
+def ziplora(
+    base: Base, pairs: Sequence[Pair], knobs: ZipLoRAKnobs, on_step: Callable[[Step], None] | None = None
+) -> list[Merged]:
+    """Merge `pairs` side by side. Raises ArithmeticError when the optimisation diverges, ValueError when there is
+    nothing to optimise."""
     optimization = Optimization(base, pairs, knobs)
     for step in optimization:
         if on_step is not None:
@@ -156,15 +170,18 @@ def eq3_losses(
     target: Tensor,
     knobs: ZipLoRAKnobs,
 ) -> Losses:
-    """Eq. 3 of each merge in the slots; noisy and target [merges, 2, rows, c, h, w], timesteps [merges, 2, rows], conditioning in the same order."""
+    """Eq. 3 of each merge in the slots; noisy and target [merges, 2, rows, c, h, w], timesteps [merges, 2, rows],
+    conditioning in the same order."""
     predicted = base.predict_noise(noisy.flatten(0, 2), timesteps.flatten(), conditioning)
     return Losses(
-        reconstruction(predicted.unflatten(0, target.shape[:3]), target, knobs.reconstruction), penalty_sum(mergers, knobs.penalty)
+        reconstruction(predicted.unflatten(0, target.shape[:3]), target, knobs.reconstruction),
+        penalty_sum(mergers, knobs.penalty),
     )
 
 
 def student_conditioning(base: Base, pairs: Sequence[Pair]) -> Conditioning:
-    """Both prompts of every pair, [2·pairs] rows: as the merged text encoders see them, which differ from the teachers' only if a LoRA trains them."""
+    """Both prompts of every pair, [2·pairs] rows: as the merged text encoders see them, which differ from the
+    teachers' only if a LoRA trains them."""
     prompts = [
         calibration
         for pair in pairs
@@ -183,7 +200,8 @@ def touches_text_encoder(lora: LoRA) -> bool:
 def batch(
     calibrations: Sequence[tuple[Calibration | None, Calibration | None]], step: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Step `step`'s draws of every pair: noisy [merges, 2, rows, c, h, w], timesteps [merges, 2, rows], target like noisy."""
+    """Step `step`'s draws of every pair: noisy [merges, 2, rows, c, h, w], timesteps [merges, 2, rows], target like
+    noisy."""
 
     def pick(calibration: Calibration | None) -> tuple[Tensor, Tensor, Tensor]:
         assert calibration is not None
@@ -191,5 +209,7 @@ def batch(
         return calibration.noisy[index], calibration.timesteps[index], calibration.target[index]
 
     picked = [[pick(subject), pick(style)] for subject, style in calibrations]
-    noisy, timesteps, target = (torch.stack([torch.stack([one[i] for one in pair]) for pair in picked]) for i in range(3))
+    noisy, timesteps, target = (
+        torch.stack([torch.stack([one[i] for one in pair]) for pair in picked]) for i in range(3)
+    )
     return noisy, timesteps, target

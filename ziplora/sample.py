@@ -48,7 +48,8 @@ def sample_latents(
 ) -> Tensor:
     """Scaled latents [prompts, c, h, w] instead of pictures: nothing passes through the VAE."""
     latents = [
-        _run(base, prompt, seed, steps, guidance, width, height, "", None, "latent") for prompt, seed in zip(prompts, seeds, strict=True)
+        _run(base, prompt, seed, steps, guidance, width, height, "", None, "latent")
+        for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     return torch.cat(latents)
 
@@ -85,7 +86,8 @@ def _run(
 
 
 def make_scheduler(name: str | None, own: Any) -> Any:
-    """The scheduler called `name` in SCHEDULERS, or a fresh one of the base's own kind, on the base's noise schedule."""
+    """The scheduler called `name` in SCHEDULERS, or a fresh one of the base's own kind, on the base's noise
+    schedule."""
     if name is None:
         return type(own).from_config(own.config)
     kind, options = SCHEDULERS[name]

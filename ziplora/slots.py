@@ -1,14 +1,16 @@
 """LoRA slots in a resident model: base weights stay where they are, LoRAs pass through buffers beside them.
 
-A slot takes `parts` LoRAs (one, or a subject and a style) for each of `merges` merges that share a forward pass. With mergers m it computes
+A slot takes `parts` LoRAs (one, or a subject and a style) for each of `merges` merges that share a forward pass.
+With mergers m it computes
 
     y = W₀x + [B_c B_s] ([A_c∘m_c; A_s∘m_s] x)
 
-which is Eq. 2 of ZipLoRA (arXiv 2311.13600v2): column scaling commutes with B, so ΔW·diag(m)·x = B·(A·diag(m))·x. Folding m into the small
-A costs rank × in multiplications instead of tokens × in, and leaves only the rank-sized product to be kept for the backward pass.
+which is Eq. 2 of ZipLoRA (arXiv 2311.13600v2): column scaling commutes with B, so ΔW·diag(m)·x = B·(A·diag(m))·x.
+Folding m into the small A costs rank × in multiplications instead of tokens × in, and leaves only the rank-sized
+product to be kept for the backward pass.
 
-Slots are subclasses of the layers they stand in for and share their parameters, so state dicts, dtype look-ups and pipelines see the base
-model unchanged.
+Slots are subclasses of the layers they stand in for and share their parameters, so state dicts, dtype look-ups and
+pipelines see the base model unchanged.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +27,8 @@ from ziplora.lora import LoRA
 
 
 class Slot:
-    """The buffers of one layer. `down` [merges, parts, rank, in·kernel], `up` [merges, out, parts·rank]; `mergers` [merges, parts, in] or None."""
+    """The buffers of one layer. `down` [merges, parts, rank, in·kernel], `up` [merges, out, parts·rank]; `mergers`
+    [merges, parts, in] or None."""
 
     down: Tensor | None
     up: Tensor | None
@@ -48,9 +51,11 @@ class Slot:
 
     @torch.no_grad()
     def fill(self, layers: Sequence[Sequence[tuple[Tensor, Tensor] | None]], like: Tensor) -> None:
-        """Write `layers[merge][part]` = (down [rank, …], up [out, rank, …]), None where a LoRA does not touch this layer.
+        """Write `layers[merge][part]` = (down [rank, …], up [out, rank, …]), None where a LoRA does not touch this
+        layer.
 
-        Buffers only ever grow, and smaller ranks are padded with zero rows: reloading a pair of the same shape allocates nothing.
+        Buffers only ever grow, and smaller ranks are padded with zero rows: reloading a pair of the same shape
+        allocates nothing.
         """
         merges, parts = len(layers), len(layers[0])
         rank = max((pair[0].shape[0] for row in layers for pair in row if pair is not None), default=0)
@@ -130,7 +135,8 @@ class SlotConv2d(nn.Conv2d, Slot):
 
 
 class Slots:
-    """Every Linear and Conv2d of some named models, with a slot in its place. Built once; afterwards only buffers change.
+    """Every Linear and Conv2d of some named models, with a slot in its place. Built once; afterwards only buffers
+    change.
 
     `layers` maps module paths (`unet.down_blocks.1…to_q`) to slots.
     """
@@ -152,7 +158,8 @@ class Slots:
         self.layers[canonical_path(component, name)] = slot
 
     def load(self, merges: Sequence[Sequence[LoRA]]) -> None:
-        """Put `merges[i][part]` into the slots, at merger 1; every merge has the same number of parts. Raises ShapeMismatch before it writes."""
+        """Put `merges[i][part]` into the slots, at merger 1; every merge has the same number of parts. Raises
+        ShapeMismatch before it writes."""
         for lora in (lora for merge in merges for lora in merge):
             self._check(lora)
         for path, slot in self.layers.items():
@@ -192,16 +199,20 @@ class Slots:
         for path, layer in lora.layers.items():
             slot = self.layers.get(path)
             if slot is None:
-                raise ShapeMismatch(f"LoRA has {path}, which this base does not have: was it trained on another base model?")
+                raise ShapeMismatch(
+                    f"LoRA has {path}, which this base does not have: was it trained on another base model?"
+                )
             shape = [layer.up.shape[0], *layer.down.shape[1:]]
             if _without_1x1(shape) != _without_1x1(slot.weight.shape):
                 raise ShapeMismatch(
-                    f"LoRA is {shape} at {path}, the base {list(slot.weight.shape)}: was it trained on another base model?"
+                    f"LoRA is {shape} at {path}, the base {list(slot.weight.shape)}:"
+                    " was it trained on another base model?"
                 )
 
 
 def canonical_path(component: str, name: str) -> str:
-    """The path a LoRA knows a module by. transformers ≥ 5 dropped `text_model.` from CLIPTextModel's own names; LoRA files keep it."""
+    """The path a LoRA knows a module by. transformers ≥ 5 dropped `text_model.` from CLIPTextModel's own names;
+    LoRA files keep it."""
     if component.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection")):
         name = f"text_model.{name}"
     return f"{component}.{name}"

@@ -1,0 +1,605 @@
+"""`ziplora …`: options, wiring, what is printed, exit codes. Nothing below this prints or reads the command line.
+
+Exit codes: 0 all is done; 1 some jobs were given up, or an object is not as promised; 2 the user's input is wrong;
+130 interrupted.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from service import events
+from service.catalog import Catalog
+from service.errors import NotFound, ServiceError
+from service.steps import Steps
+from ziplora.errors import LoRAError
+
+T = TypeVar("T")
+OUT = Console(highlight=False)
+ERR = Console(stderr=True, highlight=False)
+CATALOG_HELP = "CATALOG is a directory or s3://bucket/prefix."
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(version("ziplora"), prog_name="ziplora")
+@click.option("--debug", is_flag=True, help="Show tracebacks and log messages.")
+def cli(debug: bool) -> None:
+    """Merge every subject LoRA with every style LoRA (ZipLoRA, arXiv 2311.13600) into a catalog."""
+    logging.basicConfig(level=logging.INFO if debug else logging.ERROR, format="%(name)s: %(message)s")
+    if not debug:  # what the model libraries say while they load is about their own options, not about the user's
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def main() -> NoReturn:
+    debug = "--debug" in sys.argv
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        ERR.print("interrupted")
+        sys.exit(130)
+    except (ServiceError, LoRAError) as error:
+        if debug:
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            ERR.print(f"[red]error:[/] {escape(line)}", soft_wrap=True)
+        sys.exit(error.exit_code if isinstance(error, ServiceError) else 2)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        ERR.print(
+            f"[red]error:[/] {escape(f'{type(error).__name__}: {error}')} (a defect: --debug shows where)",
+            soft_wrap=True,
+        )
+        sys.exit(1)
+
+
+# Before anything runs
+
+
+@cli.command()
+@click.argument("manifest")
+@click.option("--output", help="Catalog to use instead of the manifest's.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--download", is_flag=True, help="Fetch a base that is a hub id and not in the local hub cache.")
+def plan(manifest: str, output: str | None, as_json: bool, download: bool) -> None:
+    """Check MANIFEST and every file it names, and say what a run would do. Needs neither GPU nor Ray."""
+    planned, _ = make_plan(manifest, output, download)
+    if as_json:
+        click.echo(json.dumps(planned.to_json(), indent=2))
+    else:
+        print_plan(planned)
+    planned.check()
+
+
+def make_plan(manifest: str, output: str | None, download: bool) -> tuple[Any, Any]:
+    import dataclasses
+
+    from service.manifest import read_manifest
+    from service.plan import plan as make
+
+    read = read_manifest(manifest)
+    if output is not None:
+        read = dataclasses.replace(read, output=output if output.startswith("s3://") else str(Path(output).absolute()))
+    return make(read, download=download, watch=lambda steps: tracked(steps, "checking LoRAs")), read
+
+
+def print_plan(planned: Any) -> None:
+    from service.plan_text import summary_lines
+
+    for line in summary_lines(planned):
+        OUT.print(line, markup=False, soft_wrap=True)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True)
+def inspect(file: Path, as_json: bool) -> None:
+    """What a LoRA FILE holds: layout, ranks, alphas, targets, trigger words, and what would be refused."""
+    from dataclasses import asdict
+
+    from ziplora.layouts import inspect_file
+
+    seen = inspect_file(file)
+    if as_json:
+        click.echo(json.dumps(asdict(seen), indent=2, default=str))
+    else:
+        table = Table(show_header=False, box=None, title=escape(seen.name), title_justify="left")
+        of = f" of the base's {seen.n_targets_of_base}" if seen.n_targets_of_base else ""
+        rows = {
+            "layout": seen.layout,
+            "size": size_text(seen.n_bytes),
+            "base": f"{seen.base or 'unknown'} by structure"
+            + (f", {seen.stated_base} as stated" if seen.stated_base else ""),
+            "dtype": counted(seen.dtypes, "tensors"),
+            "ranks": counted(seen.ranks, "modules"),
+            "alphas": counted(seen.alphas, "modules"),
+            "merge targets": f"{seen.n_targets}{of}",
+            "carried along": counted(seen.carried, "modules") or "none",
+            "trigger words": ", ".join(seen.triggers) or "none stated",
+            "notes": "\n".join(seen.notes),
+            "refused": "\n".join(seen.refusals),
+        }
+        for name, value in rows.items():
+            if value:
+                table.add_row(name, escape(str(value)))
+        OUT.print(table)
+    if seen.refusals:
+        raise LoRAError(f"{seen.name} cannot be merged: {seen.refusals[0]}")
+
+
+@cli.command()
+def methods() -> None:
+    """The merge methods that a manifest can name, with their settings."""
+    from dataclasses import fields
+
+    from ziplora.methods import METHODS
+
+    table = Table("method", "what it does", "yields", "cost", "settings (default)", "paper")
+    for method in METHODS.values():
+        knobs = "\n".join(f"{field.name} ({field.default})" for field in fields(method.knobs))
+        table.add_row(method.name, method.summary, method.yields, method.cost, knobs, method.paper)
+    OUT.print(table)
+
+
+@cli.command()
+def schema() -> None:
+    """The JSON schema of a manifest, for editors that check YAML."""
+    from service.manifest_file import manifest_schema
+
+    click.echo(json.dumps(manifest_schema(), indent=2))
+
+
+# The run
+
+
+@cli.command()
+@click.argument("manifest")
+@click.option("--output", help="Catalog to write instead of the manifest's.")
+@click.option(
+    "--address", help="Ray cluster to use, such as ray://head:10001 or auto. Default: a Ray of its own on this machine."
+)
+@click.option("--inline", is_flag=True, help="One worker in this process, without Ray; for debugging.")
+@click.option("--workers", type=click.IntRange(min=1), help="Workers; default: one per GPU, or one.")
+@click.option("--device", default="auto", help="cuda, cpu or auto.", show_default=True)
+@click.option(
+    "--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), show_default=True
+)
+@click.option(
+    "--threads",
+    default=1,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="CPU threads per worker. Another number gives other roundings.",
+)
+@click.option(
+    "--metrics-port",
+    default=0,
+    type=click.IntRange(0, 65535),
+    help="Serve Prometheus metrics here while running; 0 = do not.",
+)
+@click.option(
+    "--attempts",
+    default=3,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Attempts per job before it is given up.",
+)
+@click.option(
+    "--deadline", default=3600.0, type=click.FloatRange(min=1), show_default=True, help="Seconds that one job may take."
+)
+@click.option("--download", is_flag=True, help="Fetch a base that is a hub id and not in the local hub cache.")
+def run(manifest: str, output: str | None, download: bool, **options: Any) -> int:
+    """Merge, sample and publish everything in MANIFEST that the catalog does not hold yet.
+
+    Running the same command again goes on where the last run stopped, and takes up again what was given up.
+    """
+    planned, _ = make_plan(manifest, output, download)
+    print_plan(planned)
+    planned.check()
+    if not planned.left:
+        OUT.print(f"nothing to do: all {len(planned.jobs)} jobs are committed in {planned.output}", soft_wrap=True)
+        return 0
+    return execute(manifest, planned, **options)
+
+
+def execute(
+    manifest: str,
+    planned: Any,
+    *,
+    address: str | None,
+    inline: bool,
+    workers: int | None,
+    device: str,
+    dtype: str,
+    threads: int,
+    metrics_port: int,
+    attempts: int,
+    deadline: float,
+) -> int:
+    from service.errors import StorageError
+    from service.metrics import Metrics
+    from service.run import run as drive
+    from service.tiles import Limits
+    from service.worker import WorkerSettings
+
+    if inline and address:
+        raise click.UsageError("--inline runs without Ray, so it takes no --address")
+    catalog = Catalog(planned.output)
+    catalog.store.probe()
+    metrics = Metrics(version("ziplora"))
+    server = metrics.serve(metrics_port) if metrics_port else None
+    settings = WorkerSettings(
+        catalog=planned.output,
+        base=planned.base.location,
+        base_revision=planned.base.revision,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+    )
+    run_id = new_run_id(planned.manifest_digest)
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    interrupted, problem = False, None
+    summary = Summary()
+    with RunProgress(len(planned.jobs), len(planned.committed)) as progress:
+        pool = make_pool(settings, inline, workers, address, planned)
+        try:
+            drive(
+                planned.left,
+                pool,
+                catalog,
+                run_id=run_id,
+                already=len(planned.committed),
+                limits=Limits(attempts=attempts, deadline_s=deadline),
+                observers=[summary.observe, metrics.observe, progress.observe],
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+        except ServiceError as error:
+            problem = error
+        finally:
+            pool.close()
+    if server is not None:
+        server.shutdown()
+    try:
+        index = catalog.build_index()
+        leave_record(catalog, run_id, manifest, metrics, summary)
+        OUT.print(f"catalog: {planned.output} ({index.entries} merges, digest {index.digest[:16]})", soft_wrap=True)
+    except StorageError as error:
+        ERR.print(
+            f"[red]error:[/] the index was not written: {escape(str(error))}; `ziplora index` makes it again",
+            soft_wrap=True,
+        )
+    summary.show(len(planned.committed), manifest)
+    if problem is not None:
+        raise problem
+    if interrupted:
+        OUT.print(f"interrupted; what is committed stays. To go on: ziplora run {manifest}", soft_wrap=True)
+        return 130
+    return 1 if summary.given_up else 0
+
+
+def make_pool(settings: Any, inline: bool, workers: int | None, address: str | None, planned: Any) -> Any:
+    from service.pool import InlinePool
+
+    if inline:
+        return InlinePool(settings)
+    from service.ray_pool import RayPool
+
+    return RayPool(settings, workers and min(workers, len(planned.left)), address, cpus_per_worker=settings.threads)
+
+
+def new_run_id(manifest_digest: str) -> str:
+    from datetime import UTC, datetime
+
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{manifest_digest[:8]}"
+
+
+def leave_record(catalog: Catalog, run_id: str, manifest: str, metrics: Any, summary: "Summary") -> None:
+    """What a run leaves about itself: its manifest, its last metrics (a short run is over before it is scraped),
+    its outcome."""
+    from service.inputs import open_input
+
+    given = open_input(manifest)
+    catalog.store.put(f"runs/{run_id}/manifest.yaml", given.read(0, given.size), content_type="application/yaml")
+    catalog.store.put(f"runs/{run_id}/metrics.prom", metrics.text(), content_type="text/plain; version=0.0.4")
+    catalog.store.put(
+        f"runs/{run_id}/summary.json", json.dumps(summary.to_json(), indent=2).encode(), content_type="application/json"
+    )
+
+
+def _as_interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+class Summary:
+    """What a run did, kept for its end."""
+
+    def __init__(self) -> None:
+        self.committed: list[events.JobCommitted] = []
+        self.given_up: list[events.JobGivenUp] = []
+        self.finished: events.RunFinished | None = None
+
+    def observe(self, event: events.Event) -> None:
+        if isinstance(event, events.JobCommitted):
+            self.committed.append(event)
+        elif isinstance(event, events.JobGivenUp):
+            self.given_up.append(event)
+        elif isinstance(event, events.RunFinished):
+            self.finished = event
+
+    def show(self, before: int, manifest: str) -> None:
+        finished = self.finished
+        left = f", {finished.left} left" if finished and finished.left else ""
+        seconds = finished.seconds if finished else 0.0
+        n_bytes = sum(event.n_bytes for event in self.committed)
+        OUT.print(
+            f"committed {len(self.committed)} ({size_text(n_bytes)}), before this run {before},"
+            f" given up {len(self.given_up)}{left}; {seconds:.0f} s"
+        )
+        for event in self.given_up[:20]:
+            OUT.print(
+                f"  given up: {event.job.pair} ({event.job.method}): {event.reason}", markup=False, soft_wrap=True
+            )
+        if len(self.given_up) > 20:
+            OUT.print(f"  … and {len(self.given_up) - 20} more, under failures/ in the catalog")
+        if self.given_up:
+            OUT.print(f"to try them again, once the cause is mended: ziplora run {manifest}", soft_wrap=True)
+
+    def to_json(self) -> dict[str, Any]:
+        finished = self.finished
+        return {
+            "committed": len(self.committed),
+            "given_up": [
+                {"job_id": e.job.job_id, "pair": e.job.pair, "kind": e.kind, "reason": e.reason} for e in self.given_up
+            ],
+            "left": finished.left if finished else None,
+            "seconds": finished.seconds if finished else None,
+            "interrupted": finished.interrupted if finished else True,
+        }
+
+
+class RunProgress:
+    """A bar on a terminal; elsewhere a line per event that matters, so that logs tell the story too."""
+
+    def __init__(self, jobs: int, committed: int) -> None:
+        self.bar = progress_bar()
+        self.task = self.bar.add_task("starting workers", total=jobs, completed=committed)
+        self.running: dict[str, str] = {}
+
+    def __enter__(self) -> "RunProgress":
+        if OUT.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def observe(self, event: events.Event) -> None:
+        match event:
+            case events.WorkerReady():
+                self.say(f"{event.worker} is ready on {event.device} after {event.load_s:.1f} s")
+            case events.WorkerGone():
+                self.running.pop(event.worker, None)
+                self.say(f"{event.reason}{'' if event.returns else '; it does not come back'}")
+            case events.JobStarted():
+                self.running[event.worker] = event.job.pair
+            case events.JobCommitted():
+                self.running.pop(event.worker, None)
+                self.bar.advance(self.task)
+                how = "was committed already" if event.already else f"{sum(event.stages.values()):.1f} s"
+                if not OUT.is_terminal:
+                    self.say(f"{event.job.pair} {event.job.method}: {how}")
+            case events.JobFailed():
+                self.running.pop(event.worker, None)
+                if event.retry:
+                    self.say(f"{event.job.pair}: attempt {event.attempt} failed, will be tried again: {event.reason}")
+            case events.JobGivenUp():
+                self.bar.advance(self.task)
+                self.say(f"{event.job.pair}: given up after {event.attempts}: {event.reason}")
+            case _:
+                pass
+        self.bar.update(self.task, description=", ".join(sorted(self.running.values())[:4]) or "waiting")
+
+    def say(self, line: str) -> None:
+        console = self.bar.console if OUT.is_terminal else OUT
+        console.print(line, markup=False, soft_wrap=True)
+
+
+# The catalog
+
+
+filters = [
+    click.option("--subject", default="*", help="Pattern of subject ids, such as 'dog*'."),
+    click.option("--style", default="*", help="Pattern of style ids."),
+    click.option("--method", default="*", help="Pattern of merge methods."),
+]
+
+
+def filtered(command: Any) -> Any:
+    for option in reversed(filters):
+        command = option(command)
+    return command
+
+
+@cli.command(epilog=CATALOG_HELP)
+@click.argument("catalog")
+@filtered
+@click.option("--json", "as_json", is_flag=True)
+def ls(catalog: str, subject: str, style: str, method: str, as_json: bool) -> None:
+    """List what CATALOG holds, and what was given up."""
+    opened = open_catalog(catalog)
+    entries = sorted(opened.select(subject, style, method), key=lambda e: (e.subject, e.style, e.method, e.job_id))
+    failures = list(opened.failures())
+    if as_json:
+        for entry in entries:
+            click.echo(
+                json.dumps(
+                    {"job_id": entry.job_id, "subject": entry.subject, "style": entry.style, "method": entry.method}
+                )
+            )
+        return
+    table = Table("subject", "style", "method", "job", "images", "size", "made")
+    for entry in entries:
+        images = sum(name.startswith("samples/") for name in entry.objects)
+        table.add_row(
+            entry.subject,
+            entry.style,
+            entry.method,
+            entry.job_id[:12],
+            str(images),
+            size_text(entry.n_bytes),
+            f"{entry.created:%Y-%m-%d %H:%M}",
+        )
+    OUT.print(table)
+    for failure in failures:
+        job = failure.job
+        pair = f"{job.get('subject', {}).get('id', '?')}/{job.get('style', {}).get('id', '?')}"
+        OUT.print(f"given up: {pair} ({failure.kind}): {failure.reason}", markup=False, soft_wrap=True)
+    OUT.print(f"{len(entries)} merges, {len(failures)} given up")
+
+
+@cli.command(epilog=CATALOG_HELP)
+@click.argument("catalog")
+@click.argument("job")
+def show(catalog: str, job: str) -> None:
+    """Everything that is known of one merge: JOB is the start of a job id, or SUBJECT/STYLE."""
+    opened = open_catalog(catalog)
+    subject, slash, style = job.partition("/")
+    found = opened.select(subject, style) if slash else [e for e in opened.entries() if e.job_id.startswith(job)]
+    if not found:
+        raise NotFound(f"{catalog} has no merge {job}: `ziplora ls {catalog}` lists what it has")
+    for entry in found:
+        objects = {
+            item.name: {"key": item.key, "bytes": item.size, "sha256": item.sha256} for item in entry.objects.values()
+        }
+        shown = {
+            "job_id": entry.job_id,
+            "created": entry.created.isoformat(),
+            "job": entry.job,
+            "report": entry.report,
+            "objects": objects,
+        }
+        click.echo(json.dumps(shown, indent=2, default=str))
+
+
+@cli.command(epilog=CATALOG_HELP)
+@click.argument("catalog")
+@click.argument("dest", type=click.Path(file_okay=False, path_type=Path))
+@filtered
+@click.option("--samples", is_flag=True, help="All sample images too, not only the preview.")
+@click.option("--mergers", is_flag=True, help="The merger coefficients too.")
+def pull(catalog: str, dest: Path, subject: str, style: str, method: str, samples: bool, mergers: bool) -> int:
+    """Copy merged LoRAs from CATALOG to the directory DEST, verified; run again to go on after a cut."""
+    extras = [*(["samples/*"] if samples else []), *(["mergers.safetensors"] if mergers else []), "peft.safetensors"]
+    steps = open_catalog(catalog).pull(dest, subject, style, method, extras)
+    if not len(steps):
+        raise NotFound(
+            f"{catalog} has nothing that matches subject {subject}, style {style}, method {method}:"
+            f" `ziplora ls {catalog}` lists what it has"
+        )
+    counts: dict[str, int] = {}
+    n_bytes = 0
+    for pulled in tracked(steps, "pulling"):
+        counts[pulled.state] = counts.get(pulled.state, 0) + 1
+        n_bytes += pulled.size if pulled.state in ("pulled", "resumed") else 0
+        if pulled.problem:
+            ERR.print(f"[red]refused:[/] {escape(pulled.path.name)}: {escape(pulled.problem)}", soft_wrap=True)
+    OUT.print(
+        f"{dest}: "
+        + ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
+        + f" ({size_text(n_bytes)})",
+        soft_wrap=True,
+    )
+    return 1 if counts.get("failed") else 0
+
+
+@cli.command(epilog=CATALOG_HELP)
+@click.argument("catalog")
+@filtered
+def verify(catalog: str, subject: str, style: str, method: str) -> int:
+    """Read every object of CATALOG and compare it with the sha256 in its entry."""
+    bad = n = 0
+    for checked in tracked(open_catalog(catalog).verify(subject, style, method), "verifying"):
+        n += 1
+        if checked.problem:
+            bad += 1
+            OUT.print(f"{checked.key}: {checked.problem}", markup=False, soft_wrap=True)
+    OUT.print(f"{n} objects, {bad} not as promised")
+    return 1 if bad else 0
+
+
+@cli.command(epilog=CATALOG_HELP)
+@click.argument("catalog")
+def index(catalog: str) -> None:
+    """Make index.parquet and index.json of CATALOG again from its entries."""
+    summary = open_catalog(catalog).build_index()
+    for record in summary.unreadable:
+        ERR.print(f"left out: {record.key}: {record.reason}", markup=False, soft_wrap=True)
+    OUT.print(f"{summary.entries} merges, {summary.failures} given up, digest {summary.digest}", soft_wrap=True)
+
+
+def open_catalog(location: str) -> Catalog:
+    catalog = Catalog(location)
+    catalog.store.probe(write=False)
+    return catalog
+
+
+# What commands share
+
+
+def tracked(steps: Iterable[T], description: str) -> Iterator[T]:
+    """`steps` with a progress bar where there is a terminal."""
+    total = len(steps) if isinstance(steps, Steps) else None
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=total)
+        for step in steps:
+            yield step
+            bar.advance(task)
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=ERR,
+        transient=True,
+        disable=not ERR.is_terminal,
+    )
+
+
+def size_text(n_bytes: int) -> str:
+    for limit, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if n_bytes >= limit:
+            return f"{n_bytes / limit:.1f} {unit}"
+    return f"{n_bytes} B"
+
+
+def counted(values: Any, what: str) -> str:
+    if len(values) == 1:
+        return str(next(iter(values)))
+    return ", ".join(f"{value} ({number} {what})" for value, number in values.items())

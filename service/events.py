@@ -1,0 +1,92 @@
+"""What happens during a run, as values. Observers (progress, metrics, log) are functions of one event; they decide
+nothing."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from service.jobs import Job
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """`jobs` are all of the manifest's, `committed` those that were in the catalog before; `workers` asked for."""
+
+    run_id: str
+    catalog: str
+    jobs: int
+    committed: int
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A worker has its base model in memory."""
+
+    worker: str
+    device: str
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """A worker died or was ended; `returns` says whether another takes its place."""
+
+    worker: str
+    reason: str
+    returns: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobStarted:
+    job: Job
+    worker: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobCommitted:
+    """`already`: another attempt had committed it first. `stages` in seconds; `n_bytes` written to the store."""
+
+    job: Job
+    worker: str
+    already: bool
+    stages: Mapping[str, float] = field(default_factory=dict)
+    n_bytes: int = 0
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobFailed:
+    """One attempt ended without a commit; `kind` is the name of an error of service/errors.py."""
+
+    job: Job
+    worker: str
+    attempt: int
+    kind: str
+    reason: str
+    retry: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobGivenUp:
+    """No attempt is left, or none would help. The reason is recorded in the catalog under `failures/`."""
+
+    job: Job
+    kind: str
+    reason: str
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """`interrupted`: ended by a signal; what is committed stays, and the same command goes on from there."""
+
+    committed: int
+    given_up: int
+    left: int
+    seconds: float
+    interrupted: bool
+
+
+Event = RunStarted | WorkerReady | WorkerGone | JobStarted | JobCommitted | JobFailed | JobGivenUp | RunFinished
+Observer = Callable[[Event], None]

@@ -1,0 +1,193 @@
+"""Workers as Ray actors: a Ray of our own on this machine by default, a cluster by its address.
+
+One call at a time per actor, watched with `ray.wait`, instead of Ray's own queues and retries: when an actor dies,
+the calls queued behind the running one fail with it, `ActorPool` does not replace dead actors, and a task that Ray
+retries by itself would not look for the entry first. Actors restart by themselves (`max_restarts=-1`); what they
+were doing is the control loop's to decide.
+"""
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import exceptions
+
+from service.errors import BadInput, DeadlineExceeded, OutOfMemory, ServiceError, WorkerLost
+from service.jobs import Job, from_json, to_json
+from service.pool import Done, Lost, Ready, Report
+from service.worker import JobResult, Worker, WorkerSettings
+
+MAX_LOAD_FAILURES = 3  # in a row, of one worker, before its place stays empty
+LOAD_DEADLINE_S = 1800.0  # for a base over a slow network
+
+
+class _Actor:
+    """The process side. Loading is a call of its own, so that an error in it has a message and no restart loop."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.worker: Worker | None = None
+
+    def load(self) -> tuple[str, float]:
+        self.worker = Worker(self.settings)
+        return self.worker.device, self.worker.load_s
+
+    def run(self, job: str) -> JobResult:
+        if self.worker is None:  # restarted behind our back
+            self.load()
+        assert self.worker is not None
+        return self.worker.run(from_json(job))
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@dataclass(slots=True)
+class _Call:
+    """What an actor is doing. `job` None: loading."""
+
+    ref: Any
+    job: Job | None
+    deadline: float  # on the monotonic clock
+
+
+class RayPool:
+    """`size` actors on `address` (None: a Ray started here and ended by `close`), each with one GPU if the cluster
+    has any."""
+
+    def __init__(
+        self, settings: WorkerSettings, size: int | None = None, address: str | None = None, cpus_per_worker: float = 1
+    ) -> None:
+        self._settings = settings
+        self._own = connect(address)
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if settings.device == "cpu":
+            gpus = 0
+        size = size or gpus or 1
+        options = {"num_cpus": cpus_per_worker, "num_gpus": 1 if gpus else 0, "max_restarts": -1, "max_task_retries": 0}
+        self._actor_class = ray.remote(**options)(_Actor)
+        self._actors: dict[str, Any] = {}
+        self._calls: dict[str, _Call] = {}
+        self._load_failures: dict[str, int] = {}
+        for number in range(size):
+            self._add(f"worker-{number}")
+
+    @property
+    def size(self) -> int:
+        return len(self._actors)
+
+    def idle(self) -> Sequence[str]:
+        return [worker for worker in self._actors if worker not in self._calls]
+
+    def start(self, worker: str, job: Job, deadline_s: float) -> None:
+        ref = self._actors[worker].run.remote(to_json(job))
+        self._calls[worker] = _Call(ref, job, time.monotonic() + deadline_s)
+
+    def wait(self, timeout_s: float) -> Sequence[Report]:
+        if not self._calls:
+            return []
+        by_ref = {call.ref: worker for worker, call in self._calls.items()}
+        next_deadline = min(call.deadline for call in self._calls.values()) - time.monotonic()
+        timeout_s = max(0.0, min(timeout_s, next_deadline))
+        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout_s)
+        reports = [self._collect(by_ref[ref]) for ref in ready]
+        return [*reports, *self._expire()]
+
+    def shrink(self, size: int) -> None:
+        for worker in itertools.islice(self.idle(), max(0, len(self._actors) - size)):
+            self._remove(worker)
+
+    def close(self) -> None:
+        for worker in list(self._actors):
+            self._remove(worker)
+        if self._own:
+            ray.shutdown()
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of the actors, for tests that end one."""
+        return {worker: ray.get(actor.pid.remote()) for worker, actor in self._actors.items()}
+
+    def _add(self, worker: str) -> None:
+        self._actors[worker] = self._actor_class.remote(self._settings)
+        self._load(worker)
+
+    def _load(self, worker: str) -> None:
+        self._calls[worker] = _Call(self._actors[worker].load.remote(), None, time.monotonic() + LOAD_DEADLINE_S)
+
+    def _remove(self, worker: str) -> None:
+        ray.kill(self._actors.pop(worker), no_restart=True)
+        self._calls.pop(worker, None)
+
+    def _collect(self, worker: str) -> Report:
+        call = self._calls.pop(worker)
+        try:
+            value = ray.get(call.ref)
+        except exceptions.RayTaskError as error:
+            # raised by our code inside the actor, which lives
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(cause, BadInput):
+                raise cause from error
+            return self._lost(worker, call, WorkerLost(f"{worker} failed outside of a job: {cause!r}"))
+        except exceptions.OutOfMemoryError as error:
+            return self._lost(
+                worker, call, OutOfMemory(f"{worker} was ended because its node ran out of memory: {error}")
+            )
+        except exceptions.RayError as error:
+            return self._lost(worker, call, WorkerLost(f"{worker} ended: {first_line(error)}"))
+        if call.job is None:
+            self._load_failures[worker] = 0
+            return Ready(worker, *value)
+        return Done(worker, call.job, value)
+
+    def _lost(self, worker: str, call: _Call, error: ServiceError) -> Lost:
+        failures = self._load_failures.get(worker, 0) + 1 if call.job is None else 0
+        self._load_failures[worker] = failures
+        returns = failures < MAX_LOAD_FAILURES
+        if returns:
+            self._load(worker)  # queued until Ray has restarted the actor
+        else:
+            self._remove(worker)
+        return Lost(worker, call.job, error, returns)
+
+    def _expire(self) -> list[Report]:
+        """Calls past their deadline: a call can hang for ever on a node that vanished, and only we know how long is
+        too long."""
+        now = time.monotonic()
+        reports: list[Report] = []
+        for worker, call in [(worker, call) for worker, call in self._calls.items() if call.deadline <= now]:
+            del self._calls[worker]
+            ray.kill(self._actors[worker], no_restart=False)
+            what = "loading its base" if call.job is None else f"{call.job.pair}"
+            reports.append(
+                self._lost(worker, call, DeadlineExceeded(f"{worker} took too long over {what} and was restarted"))
+            )
+        return reports
+
+
+def connect(address: str | None) -> bool:
+    """Join the cluster at `address`, or start a small Ray here. True if it is ours to end. ServiceError if the
+    address does not answer."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # says that a worker without GPU keeps its environment
+    common = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is not None:
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, exceptions.RayError, ValueError) as error:
+            raise ServiceError(f"no Ray cluster answers at {address}: {first_line(error)}") from error
+        return True
+    # results are small values; models live in the actors
+    ray.init(address="local", include_dashboard=False, object_store_memory=100 * 2**20, **common)
+    return True
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,41 @@
+"""What goes into a merge and what comes out, the same for every method."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ziplora.calibrate import Calibration
+from ziplora.lora import LoRA, Mergers, max_rank, scaled, stacked
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both LoRAs, weights folded in, and the calibrations that the method asked for."""
+
+    subject: LoRA
+    style: LoRA
+    subject_calibration: Calibration | None = None
+    style_calibration: Calibration | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A merge that is a sum of a subject part and a style part, whose ranks add up; `report` holds figures for the
+    entry.
+
+    Keeping the parts apart is what lets style strength change afterwards: only the style part is scaled.
+    """
+
+    subject: LoRA
+    style: LoRA
+    mergers: Mergers | None
+    report: Mapping[str, Any]
+
+    def lora(self, style_strength: float = 1.0) -> LoRA:
+        """The merged LoRA. In every module the subject's rows come first, `subject_rank` of them."""
+        style = self.style if style_strength == 1.0 else scaled(self.style, style_strength)
+        return stacked([self.subject, style])
+
+    @property
+    def subject_rank(self) -> int:
+        return max_rank(self.subject)
