@@ -39,11 +39,18 @@ def _chunk(task: tuple[int, int, int, Example]) -> tuple[np.ndarray, list[str], 
     return pixels, captions, shapes, styles
 
 
-def write_pool(folder: Path, n: int, *, seed: int, workers: int = 1, example: Example = world.training_example) -> None:
-    """Render `n` training examples (about 2 ms each). The content depends on `n` and `seed` only, not on `workers`."""
+def write_pool(
+    folder: Path,
+    n: int,
+    *,
+    seed: int,
+    workers: int = 1,
+    example: Example = world.training_example,
+    chunk: int = 1000,
+) -> None:
+    """Render `n` training examples (about 2 ms each). What is drawn depends on `seed` and `chunk`, not on `workers`."""
     folder.mkdir(parents=True, exist_ok=True)
-    size = 1000
-    tasks = [(seed, i, min(size, n - i * size), example) for i in range((n + size - 1) // size)]
+    tasks = [(seed, i, min(chunk, n - i * chunk), example) for i in range((n + chunk - 1) // chunk)]
     pixels = np.lib.format.open_memmap(folder / "pixels.npy", "w+", np.uint8, (n, world.SIZE, world.SIZE, 3))
     captions: list[str] = []
     shapes: list[int] = []
