@@ -207,8 +207,7 @@ class Catalog:
         from service.index import write_index
 
         unreadable: list[Unreadable] = []
-        entries = list(self.entries(unreadable.append))
-        failures = list(self.failures(unreadable.append))
+        entries, failures = self.entries(unreadable.append), self.failures(unreadable.append)
         return write_index(self.store, entries, failures, unreadable)
 
     def verify(self, subject: str = "*", style: str = "*", method: str = "*") -> Steps[Checked]:

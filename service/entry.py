@@ -101,8 +101,15 @@ def check_object_name(name: str) -> str:
 
 def digest_of(entries: Iterable[Entry]) -> str:
     """sha256 over job ids and (name, sha256) of their objects, sorted: equal content, equal digest."""
-    lines = sorted(f"{e.job_id} {json.dumps(sorted((o.name, o.sha256) for o in e.objects.values()))}" for e in entries)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return digest_of_lines([digest_line(entry) for entry in entries])
+
+
+def digest_line(entry: Entry) -> str:
+    return f"{entry.job_id} {json.dumps(sorted((item.name, item.sha256) for item in entry.objects.values()))}"
+
+
+def digest_of_lines(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def write_entry(entry: Entry) -> bytes:

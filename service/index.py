@@ -1,21 +1,23 @@
 """The index: one row per entry, for people and programs that query catalogs. Derived; owns pyarrow.
 
-index.parquet is for pandas, duckdb and polars; index.json, for web pages, holds the little that a page shows, the
-jobs given up and the records that could not be read. Equal entries give equal rows in equal order: by subject, style,
-method, seed, job id.
+index.parquet is for pandas, duckdb and polars, its rows in the order of job ids; index.json, for web pages, holds the
+little that a page shows, by subject, style, method and seed, with the jobs given up and the records that could not be
+read. Equal entries give equal bytes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from service.entry import VERSION, Entry, Failure, Unreadable, digest_of
+from service.entry import VERSION, Entry, Failure, Unreadable, digest_line, digest_of_lines
 from service.storage import Store
 
+BATCH_ROWS = 2000  # turned into columns at a time: a row as Python values takes ten times the memory
+ORDER = ("subject", "style", "method", "seed", "job_id")
 OBJECT = pa.struct(
     [
         ("name", pa.string()),
@@ -70,28 +72,38 @@ class IndexSummary:
 
 
 def write_index(
-    store: Store, entries: Sequence[Entry], failures: Sequence[Failure], unreadable: Sequence[Unreadable]
+    store: Store, entries: Iterable[Entry], failures: Iterable[Failure], unreadable: Sequence[Unreadable]
 ) -> IndexSummary:
-    """Put index.parquet and index.json in the store, in place of older ones."""
-    ordered = sorted(entries, key=_order)
-    store.put("index.parquet", table(ordered), content_type="application/vnd.apache.parquet")
-    digest = digest_of(ordered)
+    """Put index.parquet and index.json in the store, in place of older ones.
+
+    Entries come in the order of their job ids and are not kept, so that 100,000 of them fit; `unreadable` may be
+    filled while they are taken.
+    """
+    rows: list[dict[str, Any]] = []
+    shown, lines = [], []
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
+        for entry in entries:
+            rows.append(row(entry))
+            shown.append(_shown(rows[-1]))
+            lines.append(digest_line(entry))
+            if len(rows) == BATCH_ROWS:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
+                rows = []
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
+    store.put("index.parquet", sink.getvalue().to_pybytes(), content_type="application/vnd.apache.parquet")
+
+    given_up = [_given_up(failure) for failure in failures]
+    digest = digest_of_lines(lines)
     page = {
         "version": VERSION,
         "digest": digest,
-        "entries": [_shown(entry) for entry in ordered],
-        "failures": [_given_up(failure) for failure in sorted(failures, key=lambda f: f.job_id)],
-        "unreadable": [asdict(record) for record in sorted(unreadable, key=lambda u: u.key)],
+        "entries": sorted(shown, key=_order),
+        "failures": given_up,
+        "unreadable": [asdict(record) for record in unreadable],
     }
     store.put("index.json", json.dumps(page, ensure_ascii=False).encode(), content_type="application/json")
-    return IndexSummary(len(ordered), len(failures), tuple(unreadable), digest)
-
-
-def table(entries: Sequence[Entry]) -> bytes:
-    """The rows as a Parquet file, equal bytes for equal rows."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([row(entry) for entry in entries], SCHEMA), sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+    return IndexSummary(len(lines), len(given_up), tuple(unreadable), digest)
 
 
 def row(entry: Entry) -> dict[str, Any]:
@@ -131,10 +143,9 @@ def row(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _shown(entry: Entry) -> dict[str, Any]:
-    values = row(entry)
-    names = ("job_id", "subject", "style", "method", "seed", "lora_key", "lora_bytes", "preview_key", "sample_keys")
-    return {name: values[name] for name in names} | {"created": entry.created.isoformat()}
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    names = (*ORDER, "lora_key", "lora_bytes", "preview_key", "sample_keys")
+    return {name: row[name] for name in names} | {"created": row["created"].isoformat()}
 
 
 def _given_up(failure: Failure) -> dict[str, Any]:
@@ -143,8 +154,8 @@ def _given_up(failure: Failure) -> dict[str, Any]:
     return {"job_id": failure.job_id, **names, "kind": failure.kind, "reason": failure.reason}
 
 
-def _order(entry: Entry) -> tuple[str, str, str, str, str]:
-    return entry.subject, entry.style, entry.method, f"{entry.job.get('seed')!s:>20}", entry.job_id
+def _order(row: dict[str, Any]) -> list[tuple[bool, Any]]:
+    return [(row[name] is None, row[name]) for name in ORDER]
 
 
 def _part(job: Any, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -61,9 +62,6 @@ class S3Store:
         self.prefix = f"{check_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
         self._creates_only: bool | None = None  # unknown until a probe
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return S3Store, (self.bucket, self.prefix)
-
     @property
     def url(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
@@ -105,9 +103,9 @@ class S3Store:
         return ObjectInfo(key, answer["ContentLength"], answer["LastModified"], answer.get("ETag"))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
         with self._errors("listing", prefix):
-            for page in pages:
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
                 for found in page.get("Contents", ()):
                     key = found["Key"].removeprefix(self.prefix)
                     if not key.startswith(f"{TEMPORARY}/"):
@@ -118,8 +116,8 @@ class S3Store:
             self._client.delete_object(Bucket=self.bucket, Key=self._name(key))
 
     def probe(self, *, write: bool = True) -> None:
-        quick = client(PROBE_ATTEMPTS)
         with self._errors("listing", ""):
+            quick = client(PROBE_ATTEMPTS)
             quick.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
         if write:
             self._creates_only = self._honours_create_only(quick)
@@ -264,7 +262,9 @@ def _code(error: ClientError) -> tuple[str, int]:
 
 def client(attempts: int) -> Any:
     """A client that tries each request so often: one per process and AWS environment, safe for threads."""
-    return _client(attempts, tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    with _creating:
+        return _client(attempts, environment)
 
 
 @functools.lru_cache(maxsize=8)
@@ -279,4 +279,10 @@ def _client(attempts: int, environment: tuple[tuple[str, str], ...]) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return session.client("s3", region_name=session.region_name or "us-east-1", config=config)
+    try:
+        return session.client("s3", region_name=session.region_name or "us-east-1", config=config)
+    except ValueError as error:
+        raise StorageError(f"{error}: write AWS_ENDPOINT_URL_S3 as http://host:port or https://host") from error
+
+
+_creating = threading.Lock()  # a client costs about a second: threads that start together make one

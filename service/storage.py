@@ -6,10 +6,10 @@ Every write is atomic: a reader sees the old object, the new one or none. Errors
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import stat
 import time
-import unicodedata
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from service.files import create, link, local_errors, make_directories, replacin
 
 CHUNK = 1 << 20  # bytes per read of a stream
 MAX_KEY_BYTES = 1024  # S3's limit
+UNSAFE = re.compile(r"[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # backslash, control characters, what UTF-8 cannot write
 TEMPORARY = ".tmp"  # the local store's directory of unfinished writes; listings and keys leave it out
 LEFTOVER_S = 24 * 3600  # age at which an unfinished write is taken as abandoned
 
@@ -86,7 +87,7 @@ def open_store(url: str | Path) -> Store:
 
         bucket, _, prefix = text.removeprefix("s3://").partition("/")
         return S3Store(bucket, prefix)
-    return LocalStore(local_path(text))
+    return LocalStore(local_path(text).absolute())
 
 
 def split_location(location: str | Path) -> tuple[Store, str]:
@@ -106,7 +107,7 @@ def local_path(text: str) -> Path:
     if not text:
         raise StorageError("the location is empty: write a directory or s3://bucket/prefix")
     if "://" not in text:
-        return Path(text).expanduser()
+        return Path(os.path.expanduser(text))
     parts = urlsplit(text)
     if parts.scheme != "file":
         raise StorageError(f"{text}: the scheme {parts.scheme}:// is not known here: use s3://bucket/prefix or a path")
@@ -134,7 +135,7 @@ def _key_problem(key: str) -> str | None:
         return "is empty"
     if key.startswith("/"):
         return "is an absolute path"
-    if any(character == "\\" or unicodedata.category(character) in ("Cc", "Cs") for character in key):
+    if UNSAFE.search(key):
         return "holds a backslash or a control character"
     if len(key.encode()) > MAX_KEY_BYTES:
         return f"is {len(key.encode())} bytes long, {MAX_KEY_BYTES} are allowed"

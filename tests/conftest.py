@@ -4,9 +4,11 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from service.storage import Store, open_store
 from tests.swift_node import SwiftNode, swift_node
 
 
@@ -50,3 +52,11 @@ def swift(swift_server: SwiftNode, monkeypatch: pytest.MonkeyPatch) -> Swift:
     bucket = next(_buckets)
     boto3.client("s3").create_bucket(Bucket=bucket)
     return Swift(swift_server, bucket)
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store: a directory, then a prefix in a bucket."""
+    if request.param == "local":
+        return open_store(tmp_path / "store")
+    return open_store(f"{request.getfixturevalue('swift').url}/some/prefix")

@@ -29,13 +29,6 @@ UNSAFE = ["", "/etc/passwd", "../x", "a/../b", "a//b", "a/./b", "a/", "a\\b", ".
 UNSAFE += ["\ud800", ".tmp/x", "x" * 1025]
 
 
-@pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "local":
-        return open_store(tmp_path / "store")
-    return open_store(f"{request.getfixturevalue('swift').url}/some/prefix")
-
-
 class TestContract:
     def test_what_is_put_is_read(self, store: Store, tmp_path: Path) -> None:
         file = tmp_path / "body"
@@ -389,6 +382,17 @@ class TestS3:
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{unused.getsockname()[1]}")
             with pytest.raises(Unavailable, match="AWS_ENDPOINT_URL_S3"):
                 open_store("s3://bucket").probe()
+
+    def test_an_endpoint_that_is_no_url(self, swift: Swift, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "localhost:9000")
+        with pytest.raises(StorageError, match="http://host:port"):
+            open_store("s3://bucket").probe()
+
+    def test_a_profile_that_does_not_exist(self, swift: Swift, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_PROFILE", "nobody")
+        for act in (lambda s: s.probe(), lambda s: list(s.list()), lambda s: s.get("x")):
+            with pytest.raises(AccessDenied, match="nobody"):
+                act(open_store("s3://bucket"))
 
     def test_over_tls(self, swift: Swift, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         endpoint, certificate = swift.node.start_tls()
