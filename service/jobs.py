@@ -10,6 +10,7 @@ import json
 import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 Role = Literal["subject", "style"]
@@ -17,6 +18,7 @@ Architecture = Literal["sdxl", "sd15"]
 
 ALGORITHM = 1  # raised whenever the same inputs would give another result: old entries are then no longer taken as done
 TEMPLATE_FIELDS = ("subject", "style")
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class Job:
     job_id: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "job_id", job_id(identity(self)))
+        object.__setattr__(self, "job_id", hashlib.sha256(_identity_json(self).encode()).hexdigest())
 
     def __hash__(self) -> int:
         return hash(self.job_id)
@@ -107,7 +109,7 @@ def identity(job: Job) -> dict[str, Any]:
     """Everything that changes the job's result, as JSON values; nothing that does not."""
     return {
         "algorithm": ALGORITHM,
-        "base": {"digest": job.base.digest, "architecture": job.base.architecture},
+        "base": _base_identity(job.base),
         "subject": _concept_identity(job.subject),
         "style": _concept_identity(job.style),
         "method": job.method,
@@ -116,6 +118,35 @@ def identity(job: Job) -> dict[str, Any]:
         "samples": asdict(job.samples),
         "outputs": sorted(job.outputs),
     }
+
+
+def _identity_json(job: Job) -> str:
+    """canonical_json(identity(job)), from parts that the jobs of a grid share: a million pairs, two thousand LoRAs."""
+    return (
+        f'{{"algorithm":{ALGORITHM},"base":{_base_json(job.base)},"knobs":{canonical_json(dict(job.knobs))},'
+        f'"method":{canonical_json(job.method)},"outputs":{canonical_json(sorted(job.outputs))},'
+        f'"samples":{_samples_json(job.samples)},"seed":{job.seed},'
+        f'"style":{_concept_json(job.style)},"subject":{_concept_json(job.subject)}}}'
+    )
+
+
+@lru_cache(64)
+def _base_json(base: BaseRef) -> str:
+    return canonical_json(_base_identity(base))
+
+
+@lru_cache(64)
+def _samples_json(samples: SampleSettings) -> str:
+    return canonical_json(asdict(samples))
+
+
+@lru_cache(16384)
+def _concept_json(concept: Concept) -> str:
+    return canonical_json(_concept_identity(concept))
+
+
+def _base_identity(base: BaseRef) -> dict[str, Any]:
+    return {"digest": base.digest, "architecture": base.architecture}
 
 
 def _concept_identity(concept: Concept) -> dict[str, Any]:
@@ -131,7 +162,7 @@ def _concept_identity(concept: Concept) -> dict[str, Any]:
 
 def canonical_json(value: Any) -> str:
     """One text per value: keys sorted, no spaces, ASCII. ValueError for NaN and infinities, TypeError for non-JSON."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def job_id(identity: Mapping[str, Any]) -> str:
