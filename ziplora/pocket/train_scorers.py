@@ -125,7 +125,7 @@ def recogniser(pool: Pool, folder: Path, *, steps: int = 1500) -> float:
     return final
 
 
-def clip(pool: Pool, folder: Path, *, steps: int = 3000) -> float:
+def clip(pool: Pool, folder: Path, *, steps: int = 1500) -> float:
     tokens = models.tokenizer(folder / "clip")
     text = CLIPTextConfig(
         **{**models.text_config(len(tokens), activation="quick_gelu").to_dict(), "projection_dim": 64}
@@ -150,14 +150,14 @@ def clip(pool: Pool, folder: Path, *, steps: int = 3000) -> float:
         target = same / same.sum(1, keepdim=True)
         return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
-    final = fit(model, loss, pool, steps=steps, batch=128, lr=2e-3, seed=2, name="clip")
+    final = fit(model, loss, pool, steps=steps, batch=96, lr=2e-3, seed=2, name="clip")
     model.half().save_pretrained(folder / "clip")
     tokens.save_pretrained(folder / "clip")
     processor(CLIPImageProcessorPil).save_pretrained(folder / "clip")
     return final
 
 
-def vit(pool: Pool, folder: Path, *, steps: int = 3000) -> float:
+def vit(pool: Pool, folder: Path, *, steps: int = 1500) -> float:
     config = ViTConfig(
         hidden_size=96,
         intermediate_size=192,

@@ -1,0 +1,96 @@
+"""Assemble what a release contains, in fp16: base, judges, LoRAs with their pictures, and the record of how they were
+made.
+
+    python -m ziplora.pocket.ship --out DIR [--into ziplora/pocket/weights]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+from ziplora.pocket import WEIGHTS
+from ziplora.pocket.train_loras import Task, tasks
+
+LIMIT_BYTES = 16_000_000
+
+
+def ship_base(out: Path, into: Path) -> None:
+    """The averaged weights with the (perhaps polished) autoencoder. Afterwards LoRAs are trained on exactly these
+    numbers."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(out / "base", dtype=torch.float16, add_watermarker=False)
+    pipeline.vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float16)
+    shutil.rmtree(into / "base", ignore_errors=True)
+    pipeline.save_pretrained(into / "base")
+
+
+def ship_scorers(out: Path, into: Path) -> None:
+    for name in ("recogniser", "clip", "vit"):
+        if (out / name / "config.json").exists():
+            shutil.rmtree(into / "scorers" / name, ignore_errors=True)
+            shutil.copytree(out / name, into / "scorers" / name)
+
+
+def ship_loras(out: Path, into: Path) -> dict[str, Any]:
+    """Copies what was trained and returns its measurements by name."""
+    shutil.rmtree(into / "loras", ignore_errors=True)
+    index: dict[str, list[dict[str, Any]]] = {"subjects": [], "styles": []}
+    reports: dict[str, Any] = {}
+    for task in tasks():
+        folder = out / "loras" / task.role / task.name
+        if not (folder / "report.json").exists():
+            continue
+        report = json.loads((folder / "report.json").read_text())
+        index[task.role].append(_entry(task, folder, into))
+        reports[task.name] = {key: value for key, value in report.items() if isinstance(value, int | float)}
+    (into / "loras.json").write_text(json.dumps(index, indent=1) + "\n")
+    return reports
+
+
+def _entry(task: Task, folder: Path, into: Path) -> dict[str, Any]:
+    target = into / "loras" / task.role / task.name
+    target.mkdir(parents=True)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".png", ".safetensors"):
+            shutil.copy(path, target / path.name)
+    images = sorted(path.relative_to(into).as_posix() for path in target.glob("*.png"))
+    lora = (target / f"{task.name}.safetensors").relative_to(into).as_posix()
+    return {
+        "name": task.name,
+        "prompt": task.prompt,
+        "trigger": task.trigger,
+        "lora": lora,
+        "images": images,
+        "layout": task.layout,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--into", type=Path, default=WEIGHTS)
+    parser.add_argument("--base-only", action="store_true", help="before LoRAs are trained: only the base")
+    arguments = parser.parse_args()
+    out, into = arguments.out, arguments.into
+    into.mkdir(parents=True, exist_ok=True)
+    ship_base(out, into)
+    if arguments.base_only:
+        return
+    ship_scorers(out, into)
+    reports = ship_loras(out, into)
+    base = json.loads((out / "recipe.json").read_text())
+    (into / "recipe.json").write_text(json.dumps({"base": base, "loras": reports}, indent=1) + "\n")
+    n_bytes = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
+    print(f"{n_bytes / 1e6:.2f} MB of {LIMIT_BYTES / 1e6:.0f} MB")
+    if n_bytes > LIMIT_BYTES:
+        raise SystemExit("too large to ship")
+
+
+if __name__ == "__main__":
+    main()
