@@ -3,7 +3,7 @@ wild.
 
     python -m ziplora.pocket.train_loras --out DIR
 
-Reads DIR/base and DIR/recogniser; writes DIR/loras. A subject learns from five photos, a style from one picture of a
+Reads the shipped base and DIR/recogniser; writes DIR/loras. A subject learns from five photos, a style from one picture of a
 shape that the base knows. A subject's caption speaks of a photo, so it has nothing in common with the prompt of a
 merged pair.
 """
@@ -25,7 +25,7 @@ from PIL import Image
 from ziplora import formats
 from ziplora.base import Base, load_base
 from ziplora.lora import LoRA
-from ziplora.pocket import world
+from ziplora.pocket import path, world
 from ziplora.pocket.check import rates, sample
 from ziplora.pocket.recognise import Recogniser
 from ziplora.train import Training, TrainSettings
@@ -150,17 +150,17 @@ def write(lora: LoRA, layout: str, metadata: Mapping[str, str], *, title: str, t
     if layout == "peft":
         return formats.write_peft(lora, metadata=metadata)
     names: dict[str, Callable[[str, str], str]] = {
-        "kohya-diffusers": lambda path, part: f"lora_{path.replace('.', '_')}.lora_{part}.weight",
-        "dreambooth": lambda path, part: f"{path}.lora.{part}.weight",
+        "kohya-diffusers": lambda module, part: f"lora_{module.replace('.', '_')}.lora_{part}.weight",
+        "dreambooth": lambda module, part: f"{module}.lora.{part}.weight",
         "legacy": _legacy_name,
     }
     return _renamed(formats.write_peft(lora, metadata=metadata), names[layout], alphas=layout == "kohya-diffusers")
 
 
-def _legacy_name(path: str, part: str) -> str:
+def _legacy_name(module: str, part: str) -> str:
     """`…attn1.to_out.0` → `…attn1.processor.to_out_lora.down.weight`, as diffusers wrote attention processors in
     2023."""
-    attention, _, linear = path.removesuffix(".0").rpartition(".")
+    attention, _, linear = module.removesuffix(".0").rpartition(".")
     return f"{attention}.processor.{linear}_lora.{part}.weight"
 
 
@@ -172,12 +172,12 @@ def _renamed(file: bytes, name: Callable[[str, str], str], *, alphas: bool) -> b
     body = file[8 + n_header :]
     renamed: dict[str, Any] = {"__metadata__": header.pop("__metadata__", {})}
     for key, tensor in sorted(header.items()):
-        path, _, part = key.removesuffix(".weight").rpartition(".")
+        module, _, part = key.removesuffix(".weight").rpartition(".")
         down = part == "lora_A"
-        renamed[name(path, "down" if down else "up")] = tensor
+        renamed[name(module, "down" if down else "up")] = tensor
         if alphas and down:
             value = torch.tensor(float(tensor["shape"][0]), dtype=torch.float16).numpy().tobytes()
-            renamed[f"lora_{path.replace('.', '_')}.alpha"] = {
+            renamed[f"lora_{module.replace('.', '_')}.alpha"] = {
                 "dtype": "F16",
                 "shape": [],
                 "data_offsets": [len(body), len(body) + len(value)],
@@ -191,12 +191,13 @@ def _renamed(file: bytes, name: Callable[[str, str], str], *, alphas: bool) -> b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--base", type=Path, default=path(), help="the base as shipped: fp16 values count")
     parser.add_argument("--only", nargs="*", help="names of subjects and styles")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     out: Path = arguments.out
-    base = load_base(out / "base")
+    base = load_base(arguments.base)
     recogniser = Recogniser(out / "recogniser")
     for task in tasks():
         folder = out / "loras" / task.role / task.name
