@@ -3,9 +3,9 @@ wild.
 
     python -m ziplora.pocket.train_loras --out DIR
 
-Reads the shipped base and DIR/recogniser; writes DIR/loras. A subject learns from five photos, a style from one picture of a
-shape that the base knows. A subject's caption speaks of a photo, so it has nothing in common with the prompt of a
-merged pair.
+Reads the shipped base and DIR/recogniser; writes DIR/loras. A subject learns from five photos, a style from one
+picture of a shape that the base knows. A subject's caption speaks of a photo, so it has nothing in common with the
+prompt of a merged pair.
 """
 
 from __future__ import annotations
