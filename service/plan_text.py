@@ -11,7 +11,7 @@ SHOWN = 12  # lines of each kind
 
 
 def summary_lines(plan: Plan) -> Iterator[str]:
-    """The plan in plain text, long lists cut; all of it is in `Plan.to_json`."""
+    """The plan in plain text, long lists cut; all of it is in `Plan.to_json`, its problems in `Plan.check`."""
     n_left = len(plan.left)
     if plan.base:
         base = plan.base
@@ -42,8 +42,7 @@ def summary_lines(plan: Plan) -> Iterator[str]:
     yield from _section("carried through at weight 1, outside the layers that are merged:", _carried_lines(plan.loras))
     yield from _section("taken where the manifest says nothing:", plan.defaulted)
     if plan.problems:
-        yield f"{len(plan.problems)} to mend first:"
-        yield from (f"  {problem}" for problem in plan.problems)
+        yield f"{len(plan.problems)} problems to mend first"
 
 
 def _carried_lines(loras: Iterable[CheckedLoRA]) -> list[str]:

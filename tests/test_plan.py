@@ -288,7 +288,7 @@ def test_one_bad_lora_hides_nothing_else(place):
     with pytest.raises(ManifestError) as caught:
         found.check()
     assert str(caught.value).splitlines() == list(found.problems)
-    assert "3 to mend first:" in list(summary_lines(found))
+    assert "3 problems to mend first" in list(summary_lines(found))
 
 
 def test_pairs_without_the_bad_lora_remain(place):
