@@ -19,9 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 SWIFT = "swift==2.38.3"
 VENV = Path(__file__).resolve().parent.parent / ".venv-swift"
@@ -72,7 +72,7 @@ class SwiftNode:
 
     def __init__(self, directory: Path, venv: Path) -> None:
         self.directory, self.venv = directory, venv
-        self.port = free_ports(5)  # proxy, container, account, object, TLS proxy
+        self.port, self._lock = reserve_ports(5)  # proxy, container, account, object, TLS proxy
         self.processes: list[subprocess.Popen] = []
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.environment = {
@@ -98,7 +98,8 @@ class SwiftNode:
             self._start(f"{kind}-server", etc / f"{kind}-server.conf")
         self._write_proxy(etc / "proxy-server.conf", self.port)
         self._start("proxy-server", etc / "proxy-server.conf")
-        self._wait_until_healthy()
+        for offset in range(4):
+            self._wait_until_open(self.port + offset)
 
     def start_tls(self) -> tuple[str, Path]:
         """(https endpoint, certificate to trust): a second proxy over the same objects."""
@@ -111,7 +112,7 @@ class SwiftNode:
         config = self.directory / "etc" / "proxy-tls.conf"
         self._write_proxy(config, port, f"cert_file = {certificate}\nkey_file = {key}\n")
         self._start("proxy-server", config)
-        wait_until_open(port)
+        self._wait_until_open(port)
         return f"https://127.0.0.1:{port}", certificate
 
     def stop(self) -> None:
@@ -123,6 +124,7 @@ class SwiftNode:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._lock.close()
 
     def _start(self, server: str, config: Path) -> None:
         log = (self.directory / f"{config.stem}.log").open("w")
@@ -150,35 +152,33 @@ class SwiftNode:
             f"{filters}"
         )
 
-    def _wait_until_healthy(self) -> None:
-        for offset in range(4):
-            wait_until_open(self.port + offset)
-        with urllib.request.urlopen(f"{self.endpoint}/healthcheck", timeout=10) as answer:
-            assert answer.read() == b"OK"
+    def _wait_until_open(self, port: int, limit_s: float = 60) -> None:
+        deadline = time.monotonic() + limit_s
+        while True:
+            try:
+                return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            except OSError:
+                ended = [process.args for process in self.processes if process.poll() is not None]
+                if ended or time.monotonic() > deadline:
+                    logs = "\n".join(log.read_text()[-2000:] for log in self.directory.glob("*.log"))
+                    raise RuntimeError(f"port {port} does not open; ended: {ended}\n{logs}") from None
+            time.sleep(0.02)
 
 
-def free_ports(n: int) -> int:
-    """The first of `n` neighbouring ports that are free now."""
+def reserve_ports(n: int) -> tuple[int, TextIO]:
+    """The first of `n` neighbouring free ports, and a file whose lock keeps other nodes away while it is open."""
     for first in range(20080, 32000, 10):  # Ray's workers take ports below 20000
+        lock = (Path(tempfile.gettempdir()) / f"swift-node-{os.getuid()}-{first}.lock").open("w")
         with contextlib.ExitStack() as sockets:
             try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for port in range(first, first + n):
                     sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
             except OSError:
+                lock.close()
                 continue
-            return first
+            return first, lock
     raise RuntimeError("no free ports between 20080 and 32000")
-
-
-def wait_until_open(port: int, limit_s: float = 20) -> None:
-    deadline = time.monotonic() + limit_s
-    while True:
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
 
 
 def end_with_parent() -> None:
