@@ -1,10 +1,11 @@
 """Every linear layer and convolution of the real architectures, counted on the meta device."""
 
+import re
 from functools import cache
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -108,3 +109,22 @@ def test_what_an_architecture_lacks_has_no_name_in_it():
         kohya_name("text_encoder_2.text_projection", "sd15")
     with pytest.raises(ValueError, match="is no module of SDXL's UNet that has an sgm name"):
         kohya_name("unet.down_blocks.0.motion_modules.0.to_q", "sdxl")
+
+
+@pytest.mark.parametrize("architecture", ["sdxl", "sd15"])
+def test_diffusers_takes_our_names_for_the_same_modules(architecture):
+    """diffusers' own translation of kohya's names, on all modules of the real models."""
+    paths = modules(architecture)
+    tensors = {
+        f"{kohya_name(path, architecture)}.{end}": torch.zeros(1, 1) if end != "alpha" else torch.ones(())
+        for path in paths
+        for end in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+    pipeline = StableDiffusionXLPipeline if architecture == "sdxl" else StableDiffusionPipeline
+    options = SDXL_UNET if architecture == "sdxl" else {"cross_attention_dim": 768}
+    with torch.device("meta"):
+        config = UNet2DConditionModel(**options).config
+    translated, alphas = pipeline.lora_state_dict(tensors, unet_config=config)
+    factor = re.compile(r"(_lora|\.lora|\.lora_linear_layer)\.(down|up)\.weight$")
+    assert {locate(factor.sub("", key)).path for key in translated} == set(paths)
+    assert len(alphas) == len(paths)
