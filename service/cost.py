@@ -58,25 +58,16 @@ class Duration:
 
 
 def merged_bytes(subject: Modules, style: Modules) -> int:
-    """The published file: fp16, one rank in every module (the largest sum of both), alphas, and the header."""
-    joined = _joined(subject, style)
-    rank = max(rank for rank, _ in joined.values())
-    return sum(2 * rank * values + 2 for _, values in joined.values()) + 3 * len(joined) * HEADER_BYTES
+    """The published file: fp16, one rank in every module (both LoRAs' largest, added), alphas, and the header."""
+    joined = dict(subject) | dict(style)
+    rank = sum(max(keys.rank for keys in side.values()) for side in (subject, style))
+    per_rank = (keys.in_features * prod(keys.kernel) + keys.out_features for keys in joined.values())
+    return sum(2 * rank * values + 2 for values in per_rank) + 3 * len(joined) * HEADER_BYTES
 
 
 def merger_bytes(subject: Modules, style: Modules) -> int:
     """One fp32 coefficient for each column of every target, for either LoRA where it has the target."""
     return sum(4 * keys.in_features for side in (subject, style) for path, keys in side.items() if is_target(path))
-
-
-def _joined(subject: Modules, style: Modules) -> dict[str, tuple[int, int]]:
-    """Module → (sum of ranks, values per unit of rank)."""
-    joined = {}
-    for path in subject.keys() | style.keys():
-        keys = subject.get(path) or style[path]
-        rank = sum(side[path].rank for side in (subject, style) if path in side)
-        joined[path] = (rank, keys.in_features * prod(keys.kernel) + keys.out_features)
-    return joined
 
 
 def bytes_of(jobs: Sequence[Job], modules: Mapping[str, Modules]) -> Bytes:
@@ -91,7 +82,7 @@ def bytes_of(jobs: Sequence[Job], modules: Mapping[str, Modules]) -> Bytes:
             known[pair] = (merged_bytes(*both), merger_bytes(*both))
         sizes = known[pair]
         merged += sizes[0]
-        mergers += sizes[1] if _has_mergers(job.method) else 0
+        mergers += sizes[1] if METHODS[job.method].mergers else 0
         peft += sizes[0] if "peft" in job.outputs else 0
         samples += sample_bytes(job.samples)
     return Bytes(merged, mergers, peft, samples)
@@ -101,10 +92,6 @@ def sample_bytes(samples: SampleSettings) -> int:
     """PNG files, one of them twice: as the merged LoRA's preview."""
     n_images = samples.n_images + bool(samples.n_images)
     return int(n_images * samples.width * samples.height * PNG_BYTES_PER_PIXEL)
-
-
-def _has_mergers(method: str) -> bool:
-    return "coefficients" in METHODS[method].yields
 
 
 # Time

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.storage import Store, open_store
+from tests.grid import Grid, build_grid
 from tests.swift_node import SwiftNode, swift_node
 
 
@@ -60,3 +62,16 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "local":
         return open_store(tmp_path / "store")
     return open_store(f"{request.getfixturevalue('swift').url}/some/prefix")
+
+
+@pytest.fixture(scope="session")
+def grid_template(tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    return build_grid(tmp_path_factory.mktemp("grid"))
+
+
+@pytest.fixture
+def grid(grid_template: Grid, tmp_path: Path) -> Grid:
+    """Base, LoRAs and images of tests/grid.py in a directory of the test's own."""
+    root = tmp_path / "grid"
+    shutil.copytree(grid_template.root, root)
+    return Grid(root)

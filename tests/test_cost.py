@@ -11,7 +11,7 @@ from tests.lora_files import lora_file, random_lora, shapes_of
 from tests.tiny import tiny_sdxl
 from ziplora.formats import write_kohya
 from ziplora.layouts import parse, read_header_bytes
-from ziplora.lora import concat
+from ziplora.lora import stacked
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_bytes_are_those_of_the_written_file():
     subject = random_lora(targets, lambda path: 3 if "attn1" in path else 5, seed=1)
     style = random_lora({path: shape for path, shape in shapes.items() if "_embedding" not in path}, 4, seed=2)
     parsed = [parse(read_header_bytes(lora_file(lora, "peft"), "x"), "x").modules for lora in (subject, style)]
-    written = write_kohya(concat([subject, style]), metadata={}, architecture="sdxl", title="x", trigger="y")
+    written = write_kohya(stacked([subject, style]), metadata={}, architecture="sdxl", title="x", trigger="y")
     header = int.from_bytes(written[:8], "little")
     values = merged_bytes(*parsed) - 3 * HEADER_BYTES * len(style.layers)
     assert values == len(written) - 8 - header

@@ -31,7 +31,10 @@ def make_pair(base: Base, seed: int = 0, settings: CalibrationSettings = SETTING
     subject = random_lora(base.slots, rank=4, seed=2 * seed, **options)  # type: ignore[arg-type]
     style = random_lora(base.slots, rank=6, seed=2 * seed + 1, **options)  # type: ignore[arg-type]
     return Pair(
-        subject, style, calibrate(base, subject, "a dog", DOG, settings), calibrate(base, style, "in ink", INK, settings)
+        subject,
+        style,
+        calibrate(base, subject, "a dog", DOG, settings),
+        calibrate(base, style, "in ink", INK, settings),
     )
 
 

@@ -140,3 +140,17 @@ def test_lora_of_another_base_is_refused_before_anything_is_written(base: Base) 
     with pytest.raises(ShapeMismatch, match=r"unet.nowhere, which this base does not have"):
         base.slots.load([[LoRA({"unet.nowhere": Layer(torch.zeros(2, 5), torch.zeros(7, 2))})]])
     assert not any(slot.active for slot in base.slots.layers.values())
+
+
+@torch.no_grad()
+def test_what_was_loaded_before_changes_no_bit() -> None:
+    base = resident(tiny_sdxl(torch.float32))
+    rows = inputs(base)
+    rows = (rows[0].float(), *rows[1:])
+    lora = random_lora(base.slots, rank=3, dtype=torch.float32)
+    with base.slots.loaded([[lora]]):
+        fresh = base.predict_noise(*rows)
+    with base.slots.loaded([[random_lora(base.slots, rank=17, components="all"), lora]]):
+        base.predict_noise(*rows)
+    with base.slots.loaded([[lora]]):
+        assert torch.equal(base.predict_noise(*rows), fresh)

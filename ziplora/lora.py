@@ -156,8 +156,8 @@ def _times_columns(lora: LoRA, mergers: Mapping[str, Tensor]) -> LoRA:
 def stacked(parts: Sequence[LoRA]) -> LoRA:
     """`concat` with every part's rows at the same place in all modules: part i begins at row Σ_{j<i} max_rank(part j).
 
-    Modules that a part lacks, or has at a lower rank, get zero rows. One number then says, for the whole file, which rows
-    came from which LoRA, so that the strength of one of them can be changed later.
+    Modules that a part lacks, or has at a lower rank, get zero rows. One number then says, for the whole file, which
+    rows came from which LoRA, so that the strength of one of them can be changed later.
     """
     paths = dict.fromkeys(path for part in parts for path in part.layers)
     ranks = [max_rank(part) for part in parts]

@@ -84,6 +84,7 @@ class Method:
     summary: str
     paper: str
     yields: str
+    mergers: bool  # whether it has one coefficient per column, which are kept beside the merged file
     cost: str
     knobs: type
     function: str
@@ -110,6 +111,7 @@ METHODS: dict[str, Method] = {
             summary="learns one coefficient per column of each LoRA so that the merge still does what each did alone",
             paper=ZIPLORA_PAPER,
             yields="one LoRA, and the coefficients",
+            mergers=True,
             cost="one merged forward and backward pass per step; teacher passes once per LoRA",
             knobs=ZipLoRAKnobs,
             function="ziplora.optimize:ziplora",
@@ -119,6 +121,7 @@ METHODS: dict[str, Method] = {
             summary="the sum of both updates (the paper's baseline)",
             paper=ZIPLORA_PAPER,
             yields="one LoRA",
+            mergers=False,
             cost="none",
             knobs=DirectKnobs,
             function="ziplora.baselines:direct",

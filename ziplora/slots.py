@@ -13,6 +13,7 @@ Slots are subclasses of the layers they stand in for and share their parameters,
 pipelines see the base model unchanged.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -39,23 +40,35 @@ class Slot:
         module = cast(nn.Module, self)
         module.register_buffer("down", None, persistent=False)  # not persistent: a state dict is the base model's
         module.register_buffer("up", None, persistent=False)
+        self.storage: dict[str, Tensor] = {}
         self.mergers, self.active = None, False
 
     def close(self) -> None:
-        """The base layer alone; the buffers are kept for the next load."""
+        """The base layer alone; the memory is kept for the next load."""
         self.mergers, self.active = None, False
 
     def free(self) -> None:
         self.close()
         self.down = self.up = None
+        self.storage.clear()
+
+    def _zeros(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """A zeroed view of memory that is kept between loads and only ever grows.
+
+        Of exactly this shape: with rows left over from a larger load, the same LoRA would be summed in another order,
+        and its result would depend on what was in the slot before.
+        """
+        size = math.prod(shape)
+        if name not in self.storage or self.storage[name].numel() < size:
+            self.storage[name] = like.new_empty(size)
+        return self.storage[name][:size].view(shape).zero_()
 
     @torch.no_grad()
     def fill(self, layers: Sequence[Sequence[tuple[Tensor, Tensor] | None]], like: Tensor) -> None:
         """Write `layers[merge][part]` = (down [rank, …], up [out, rank, …]), None where a LoRA does not touch this
         layer.
 
-        Buffers only ever grow, and smaller ranks are padded with zero rows: reloading a pair of the same shape
-        allocates nothing.
+        Smaller ranks are padded with zero rows. Reloading a pair of the same shape allocates nothing.
         """
         merges, parts = len(layers), len(layers[0])
         rank = max((pair[0].shape[0] for row in layers for pair in row if pair is not None), default=0)
@@ -63,18 +76,13 @@ class Slot:
         if rank == 0:
             return
         out_features, columns = like.shape[0], like[0].numel()
-        if self.down is None or self.down.shape[:2] != (merges, parts) or self.down.shape[2] < rank:
-            self.down = like.new_zeros(merges, parts, rank, columns)
-            self.up = like.new_zeros(merges, out_features, parts * rank)
-        assert self.up is not None
-        self.down.zero_()
-        self.up.zero_()
-        capacity = self.down.shape[2]
+        self.down = self._zeros("down", like, merges, parts, rank, columns)
+        self.up = self._zeros("up", like, merges, out_features, parts * rank)
         for merge, row in enumerate(layers):
             for part, pair in enumerate(row):
                 if pair is not None:
                     down, up = pair
-                    first = part * capacity
+                    first = part * rank
                     self.down[merge, part, : down.shape[0]] = down.flatten(1).to(like)
                     self.up[merge, :, first : first + down.shape[0]] = up.flatten(1).to(like)
         self.active = True
