@@ -4,11 +4,13 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save
 
 from tests.lora_files import LAYOUTS, differing_alphas, lora_file, random_lora
 from ziplora.errors import FormatError, LoRAError, UnsupportedAdapter
-from ziplora.headers import Limits, read_header_bytes
+from ziplora.headers import Header, Limits, TensorInfo, read_header_bytes
 from ziplora.layouts import inspect_file, parse
 
 BLOCK = "unet.down_blocks.1.attentions.0.transformer_blocks.0"
@@ -306,3 +308,26 @@ def test_an_inspection_lists_all_refusals(tmp_path):
 def test_planning_needs_neither_torch_nor_numpy():
     code = "import sys, ziplora.layouts; print({'torch', 'numpy', 'safetensors'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+PARTS = st.sampled_from(
+    "lora_unet_ unet. down_blocks mid_block _1_ .0. attentions attn1 to_q to_out_0 alpha .lora_down.weight .lora_B.weight"
+    " .lora.up.weight _lora.down.weight .alpha .hada_w1_a ü . base_model.model. text_encoder. .lora_A.x.weight"
+    f" .lora_B.x.weight {KOHYA_Q} {Q} {TO_K}".split()
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    keys=st.lists(st.lists(PARTS, min_size=1, max_size=4).map("".join), unique=True, max_size=6),
+    shapes=st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=6, max_size=6),
+    dtype=st.sampled_from(["F16", "F32", "I64", "BOOL"]),
+)
+def test_every_key_ends_in_a_module_or_in_a_refusal(keys, shapes, dtype):
+    tensors = {key: TensorInfo(dtype, tuple(shape), 0, 0) for key, shape in zip(keys, shapes, strict=False)}
+    try:
+        found = parse(Header(tensors, {}, 0, 0), "x")
+    except LoRAError:
+        return
+    used = {key for module in found.modules.values() for key in (module.down, module.up, module.alpha)}
+    assert used - {None} == set(keys)

@@ -21,9 +21,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-from ziplora.adapter_config import read_config, scale_of
+from ziplora.adapter_config import AdapterConfig, read_config
 from ziplora.errors import FormatError, LoRAError
 from ziplora.fit import base_name, check_shapes, module_shapes
 from ziplora.headers import (
@@ -272,7 +272,7 @@ def _layout(layouts: set[str]) -> str:
 
 
 def _module(
-    header: Header, name: str, path: str, keys: Mapping[str, list[str]], config: Mapping[str, Any], limits: Limits
+    header: Header, name: str, path: str, keys: Mapping[str, list[str]], config: AdapterConfig | None, limits: Limits
 ) -> ModuleKeys:
     for role, same in keys.items():
         if len(same) > 1:
@@ -297,7 +297,7 @@ def _module(
         tensor = header.tensors[alpha]
         if math.prod(tensor.shape) != 1 or tensor.dtype not in (*_SCALARS, "BF16"):
             raise FormatError(f"{name}: {shown(alpha)} is {tensor.dtype}{list(tensor.shape)}; one number is expected")
-    scale = 1.0 if alpha is not None else scale_of(config, path, rank, name)
+    scale = config.scale(path, rank, name) if config and alpha is None else 1.0
     return ModuleKeys(keys["down"][0], keys["up"][0], alpha, scale, rank, down.shape[1], up.shape[0], down.shape[2:])
 
 
@@ -307,7 +307,7 @@ def _scalar(content: bytes, dtype: str) -> float:
     return float(struct.unpack(_SCALARS[dtype], content)[0])
 
 
-def _notes(modules: Mapping[str, ModuleKeys], config: Mapping[str, Any], wrapped: bool) -> tuple[str, ...]:
+def _notes(modules: Mapping[str, ModuleKeys], config: AdapterConfig | None, wrapped: bool) -> tuple[str, ...]:
     lacking = [path for path, keys in modules.items() if keys.alpha is None]
     if not lacking or config:
         return ()
