@@ -48,7 +48,7 @@ FILTERS = {  # in the order of the pipeline
     "listing_formats": "",
     "bulk": "",
     "s3api": f"location = {REGION}\ndns_compliant_bucket_names = true\nmin_segment_size = 5242880\n"
-    "s3_acl = false\ncheck_bucket_owner = false\nmax_bucket_listing = 100\n",  # listings of tests have several pages
+    "s3_acl = false\ncheck_bucket_owner = false\nmax_bucket_listing = 20\n",  # listings of tests have several pages
     "tempauth": "user_test_tester = testing .admin\n",
     "slo": "",
     "dlo": "",
