@@ -311,9 +311,9 @@ def test_planning_needs_neither_torch_nor_numpy():
 
 
 PARTS = st.sampled_from(
-    "lora_unet_ unet. down_blocks mid_block _1_ .0. attentions attn1 to_q to_out_0 alpha .lora_down.weight .lora_B.weight"
-    " .lora.up.weight _lora.down.weight .alpha .hada_w1_a ü . base_model.model. text_encoder. .lora_A.x.weight"
-    f" .lora_B.x.weight {KOHYA_Q} {Q} {TO_K}".split()
+    "lora_unet_ unet. down_blocks mid_block _1_ .0. attentions attn1 to_q to_out_0 alpha ü . .alpha .hada_w1_a"
+    " .lora_down.weight .lora_B.weight .lora.up.weight _lora.down.weight .lora_A.x.weight .lora_B.x.weight"
+    f" base_model.model. text_encoder. {KOHYA_Q} {Q} {TO_K}".split()
 )
 
 

@@ -16,9 +16,11 @@ from ziplora.lora import (
     n_bytes,
     scaled,
     select,
+    stacked,
     tensor_bytes,
     to,
     zip_merge,
+    zipped,
 )
 
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -88,6 +90,25 @@ def test_a_module_that_one_lora_lacks_counts_as_rank_nought():
     subject, style = random_lora({Q: (6, 5)}), random_lora({CONV: (4, 3, 3, 3)})
     merged = zip_merge(subject, style, Mergers({Q: torch.full((5,), 2.0)}, {}), targets=[Q])
     assert torch.equal(delta(merged.layers[Q]), 2 * delta(subject.layers[Q]))
+
+
+def test_stacked_parts_have_their_rows_at_the_same_place_everywhere():
+    subject = random_lora({Q: (6, 5), CONV: (4, 3, 3, 3)}, rank=lambda path: 2 if path == Q else 4)
+    style = random_lora({Q: (6, 5), TEXT: (7, 6)}, rank=3, seed=1)
+    both = stacked([subject, style])
+    for path, layer in concat([subject, style]).layers.items():
+        assert both.layers[path].rank == 4 + 3
+        assert torch.equal(delta(both.layers[path]), delta(layer))
+    without_style = {path: Layer(layer.down[:4], layer.up[:, :4]) for path, layer in both.layers.items()}
+    for path, layer in subject.layers.items():
+        assert torch.equal(delta(without_style[path]), delta(layer))
+    assert not delta(without_style[TEXT]).any()
+
+
+def test_zipped_halves_add_up_to_the_merge():
+    subject, style = random_lora(SHAPES, rank=2), random_lora(SHAPES, rank=3, seed=1)
+    m = Mergers(mergers(subject, 2), mergers(style, 3))
+    assert digest(concat(zipped(subject, style, m))) == digest(zip_merge(subject, style, m))
 
 
 def test_zip_merge_refuses_what_does_not_fit():

@@ -19,7 +19,7 @@ MAX_WILD_PATTERNS = 100
 class Patterns:
     """PEFT's rank_pattern or alpha_pattern: the first that matches a module's name counts, `(.*\\.)?(pattern)$`.
 
-    PEFT runs them as regular expressions. Those of a file from anywhere are not run: names, `^` and `.*` are understood.
+    PEFT runs them as regular expressions. A file from anywhere gets no such power: names, `^` and `.*` are read.
     """
 
     plain: Mapping[str, tuple[int, float]]  # a name, or the end of one → (place, value)
