@@ -6,7 +6,8 @@ DEST ?= demo
 # one thread per process: results do not depend on the machine's core count, and workers do not fight over cores
 export OMP_NUM_THREADS = 1
 
-.PHONY: venv test lint demo bench clean
+
+.PHONY: venv swift test lint demo bench clean
 
 venv: $(VENV)/.ready
 
@@ -16,12 +17,10 @@ $(VENV)/.ready: pyproject.toml deploy/constraints.txt
 	touch $@
 
 # the S3 server of the tests has needs of its own, so it has an environment of its own
-.venv-swift/.ready: tests/swift_node.py
-	$(PYTHON) -m venv .venv-swift
-	.venv-swift/bin/pip install --quiet --disable-pip-version-check swift==2.38.3
-	touch $@
+swift: venv
+	$(BIN)/python tests/swift_node.py --install
 
-test: venv .venv-swift/.ready
+test: venv swift
 	$(BIN)/python -m pytest
 
 lint: venv
@@ -29,9 +28,14 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# a grid merged on this machine's CPU; the catalog is left in $(DEST)
+# a grid merged on this machine's CPU by the production path; everything is left in $(DEST)
 demo: venv
-	$(BIN)/ziplora run manifests/demo.yaml --output $(DEST)
+	mkdir -p $(DEST)
+	test -d $(DEST)/base || $(BIN)/python -m tests.grid $(DEST)
+	cp manifests/demo.yaml $(DEST)/manifest.yaml
+	$(BIN)/ziplora run $(DEST)/manifest.yaml --workers 2
+	@echo "The merged LoRAs and images are in $(DEST)/catalog. To copy them out under readable names:"
+	@echo "  $(BIN)/ziplora pull $(DEST)/catalog $(DEST)/pulled --samples"
 
 bench: venv
 	$(BIN)/python -m tests.bench.true_size

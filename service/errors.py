@@ -64,7 +64,7 @@ class JobError(ServiceError):
 
 
 class BadInput(JobError):
-    pass
+    exit_code = 2  # where it ends a command: a base that no worker can load
 
 
 class OutOfMemory(JobError):

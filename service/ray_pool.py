@@ -24,6 +24,8 @@ from service.worker import JobResult, Worker, WorkerSettings
 
 MAX_LOAD_FAILURES = 3  # in a row, of one worker, before its place stays empty
 LOAD_DEADLINE_S = 1800.0  # for a base over a slow network
+PATIENCE_S = 1800.0  # for Ray to restart an actor: after a node was lost, until its capacity is back
+PING_S = (0.5, 15.0)  # between looks at an actor that is restarting: at first, at most
 
 
 class _Actor:
@@ -49,11 +51,21 @@ class _Actor:
 
 @dataclass(slots=True)
 class _Call:
-    """What an actor is doing. `job` None: loading."""
+    """What an actor is doing: a job, loading its base (job None), or answering whether it is back (`ping`)."""
 
     ref: Any
     job: Job | None
     deadline: float  # on the monotonic clock
+    ping: bool = False
+
+
+@dataclass(slots=True)
+class _Absence:
+    """A worker whose actor Ray is restarting. Calls to it fail at once until it is back, so we look again and again."""
+
+    since: float
+    next_look: float
+    interval_s: float = PING_S[0]
 
 
 class RayPool:
@@ -73,6 +85,7 @@ class RayPool:
         self._actor_class = ray.remote(**options)(_Actor)
         self._actors: dict[str, Any] = {}
         self._calls: dict[str, _Call] = {}
+        self._absent: dict[str, _Absence] = {}
         self._load_failures: dict[str, int] = {}
         for number in range(size):
             self._add(f"worker-{number}")
@@ -82,20 +95,21 @@ class RayPool:
         return len(self._actors)
 
     def idle(self) -> Sequence[str]:
-        return [worker for worker in self._actors if worker not in self._calls]
+        return [worker for worker in self._actors if worker not in self._calls and worker not in self._absent]
 
     def start(self, worker: str, job: Job, deadline_s: float) -> None:
         ref = self._actors[worker].run.remote(to_json(job))
         self._calls[worker] = _Call(ref, job, time.monotonic() + deadline_s)
 
     def wait(self, timeout_s: float) -> Sequence[Report]:
-        if not self._calls:
-            return []
+        self._look_for_absent()
         by_ref = {call.ref: worker for worker, call in self._calls.items()}
+        if not by_ref:
+            time.sleep(min(timeout_s, PING_S[0]))
+            return []
         next_deadline = min(call.deadline for call in self._calls.values()) - time.monotonic()
-        timeout_s = max(0.0, min(timeout_s, next_deadline))
-        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout_s)
-        reports = [self._collect(by_ref[ref]) for ref in ready]
+        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=max(0.0, min(timeout_s, next_deadline)))
+        reports = [report for ref in ready if (report := self._collect(by_ref[ref])) is not None]
         return [*reports, *self._expire()]
 
     def shrink(self, size: int) -> None:
@@ -122,8 +136,9 @@ class RayPool:
     def _remove(self, worker: str) -> None:
         ray.kill(self._actors.pop(worker), no_restart=True)
         self._calls.pop(worker, None)
+        self._absent.pop(worker, None)
 
-    def _collect(self, worker: str) -> Report:
+    def _collect(self, worker: str) -> Report | None:
         call = self._calls.pop(worker)
         try:
             value = ray.get(call.ref)
@@ -134,11 +149,15 @@ class RayPool:
                 raise cause from error
             return self._lost(worker, call, WorkerLost(f"{worker} failed outside of a job: {cause!r}"))
         except exceptions.OutOfMemoryError as error:
-            return self._lost(
-                worker, call, OutOfMemory(f"{worker} was ended because its node ran out of memory: {error}")
-            )
+            return self._lost(worker, call, OutOfMemory(f"{worker} was ended, its node ran out of memory: {error}"))
         except exceptions.RayError as error:
+            if call.ping:
+                return self._still_absent(worker, error)
             return self._lost(worker, call, WorkerLost(f"{worker} ended: {first_line(error)}"))
+        if call.ping:
+            del self._absent[worker]
+            self._load(worker)
+            return None
         if call.job is None:
             self._load_failures[worker] = 0
             return Ready(worker, *value)
@@ -149,23 +168,41 @@ class RayPool:
         self._load_failures[worker] = failures
         returns = failures < MAX_LOAD_FAILURES
         if returns:
-            self._load(worker)  # queued until Ray has restarted the actor
+            now = time.monotonic()
+            self._absent[worker] = _Absence(now, now + PING_S[0])
         else:
             self._remove(worker)
         return Lost(worker, call.job, error, returns)
 
+    def _look_for_absent(self) -> None:
+        now = time.monotonic()
+        for worker, absence in self._absent.items():
+            if worker not in self._calls and absence.next_look <= now:
+                ref = self._actors[worker].pid.remote()
+                self._calls[worker] = _Call(ref, None, now + PATIENCE_S, ping=True)
+
+    def _still_absent(self, worker: str, error: exceptions.RayError) -> Lost | None:
+        absence, now = self._absent[worker], time.monotonic()
+        if now - absence.since > PATIENCE_S:
+            self._remove(worker)
+            gone = WorkerLost(f"{worker} did not come back within {PATIENCE_S:.0f} s: {first_line(error)}")
+            return Lost(worker, None, gone, returns=False)
+        if isinstance(error, exceptions.ActorDiedError):  # for good: Ray will not restart this one
+            self._actors[worker] = self._actor_class.remote(self._settings)
+        absence.interval_s = min(2 * absence.interval_s, PING_S[1])
+        absence.next_look = now + absence.interval_s
+        return None
+
     def _expire(self) -> list[Report]:
-        """Calls past their deadline: a call can hang for ever on a node that vanished, and only we know how long is
-        too long."""
+        """Calls past their deadline: one can hang for ever on a node that vanished; only we know what is too long."""
         now = time.monotonic()
         reports: list[Report] = []
         for worker, call in [(worker, call) for worker, call in self._calls.items() if call.deadline <= now]:
             del self._calls[worker]
             ray.kill(self._actors[worker], no_restart=False)
-            what = "loading its base" if call.job is None else f"{call.job.pair}"
-            reports.append(
-                self._lost(worker, call, DeadlineExceeded(f"{worker} took too long over {what} and was restarted"))
-            )
+            what = "loading its base" if call.job is None else call.job.pair
+            late = DeadlineExceeded(f"{worker} took too long over {what} and was restarted: is --deadline too short?")
+            reports.append(self._lost(worker, call, late))
         return reports
 
 

@@ -100,6 +100,8 @@ class Worker:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
+            if self._is_committed(job):
+                return JobResult(job.job_id, "already")
             with translated(job):
                 files, report = self._make(job, stages)
             with timed(stages, "commit"):
@@ -112,6 +114,14 @@ class Worker:
             return failed(job, error, stages)
         except Exception as error:  # a defect of ours, or of a library: the job fails, the worker lives
             return failed(job, error, stages)
+
+    def _is_committed(self, job: Job) -> bool:
+        """Before any work: another run on the same catalog may have been here since this one was planned."""
+        try:
+            self.catalog.entry(job.job_id)
+        except NotFound:
+            return False
+        return True
 
     def _make(self, job: Job, stages: dict[str, float]) -> tuple[dict[str, bytes], dict[str, Any]]:
         method = METHODS[job.method]

@@ -13,6 +13,8 @@ from service.storage import Store, open_store
 from tests.grid import Grid, build_grid
 from tests.swift_node import SwiftNode, swift_node
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves its workers on a busy machine
+
 
 @dataclass(frozen=True, slots=True)
 class Swift:

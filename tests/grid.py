@@ -1,6 +1,7 @@
 """A small world on disk for tests of the service: a random tiny SDXL, LoRAs in every layout, reference images,
 manifests over them."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def build_grid(root: Path) -> Grid:
     targets = {path: shape for path, shape in shapes.items() if is_target(path)}
     for number, id in enumerate((*SUBJECTS, *STYLES)):
         # the second of each kind has text-encoder, feed-forward and convolution parts too
-        lora = random_lora(shapes if number in (1, 6) else targets, rank=2 + number % 3, seed=number, size=0.12)
+        lora = random_lora(shapes if number in (1, 6) else targets, rank=2 + number % 3, seed=number, size=0.2)
         layout = [name for name in SDXL_LAYOUTS if name not in ("legacy", "peft, rslora")][number % 7]
         alphas = None if layout.startswith(("peft", "dreambooth")) else differing_alphas(lora)
         (root / f"{id}.safetensors").write_bytes(lora_file(lora, layout, alphas=alphas))
@@ -61,3 +62,7 @@ def build_grid(root: Path) -> Grid:
                 root / f"{id}.png"
             )
     return Grid(root)
+
+
+if __name__ == "__main__":
+    build_grid(Path(sys.argv[1]))

@@ -8,10 +8,12 @@ from PIL import Image
 from torch import Tensor
 from torch.func import functional_call
 
+from tests.grid import Grid
 from tests.random_loras import random_lora
 from tests.tiny import tiny_sd15, tiny_sdxl
-from ziplora.base import Base, resident
+from ziplora.base import Base, load_base, resident
 from ziplora.calibrate import Calibration, calibrate, derived_seed, draw
+from ziplora.formats import read_lora
 from ziplora.lora import LoRA, delta
 from ziplora.merged import Pair
 from ziplora.methods import METHODS, CalibrationSettings, ZipLoRAKnobs
@@ -133,6 +135,27 @@ def test_optimisation_lowers_held_out_reconstruction(base: Base) -> None:
     assert reconstruction_of(base, held_out, merged.lora()) < 0.8 * reconstruction_of(base, held_out, None)
     assert merged.report["steps"] == 40
     assert len(merged.report["subject_loss"]) == 2
+
+
+def test_the_papers_settings_beat_direct_merge_on_the_demos_loras(grid_template: Grid) -> None:
+    base = load_base(grid_template.root / "base")
+    loras = [read_lora(grid_template.root / f"{name}.safetensors").lora for name in ("dog", "ink")]
+    images = [Image.open(grid_template.root / f"{name}.png") for name in ("dog", "ink")]
+
+    def pair(draws: int, seed: int) -> Pair:
+        settings = CalibrationSettings(draws, seed, "separate", None)
+        prompts = ("a photo of sks dog", "a house in szn ink style")
+        calibrations = [
+            calibrate(base, lora, prompt, [image], settings)
+            for lora, prompt, image in zip(loras, prompts, images, strict=True)
+        ]
+        return Pair(*loras, *calibrations)
+
+    knobs = ZipLoRAKnobs()
+    assert (knobs.steps, knobs.learning_rate, knobs.penalty_weight) == (100, 0.01, 0.01)
+    merged = ziplora(base, [pair(draws=100, seed=0)], knobs)[0]
+    held_out = pair(draws=16, seed=1)
+    assert reconstruction_of(base, held_out, merged.lora()) < reconstruction_of(base, held_out, None)
 
 
 @torch.no_grad()

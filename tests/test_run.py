@@ -121,7 +121,7 @@ def test_a_worker_that_hangs_is_restarted_at_its_deadline(grid: Grid) -> None:
     stopper = threading.Thread(target=stop_it_once)
     stopper.start()
     try:
-        progress = drive(grid, pool, jobs, seen, limits=Limits(attempts=5, deadline_s=25))
+        progress = drive(grid, pool, jobs, seen, limits=Limits(attempts=5, deadline_s=20))
     finally:
         stopper.join()
         pool.close()
