@@ -7,7 +7,7 @@ DEST ?= demo
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench clean
+.PHONY: venv swift test lint demo bench bench-quality clean
 
 venv: $(VENV)/.ready
 
@@ -39,6 +39,10 @@ demo: venv
 
 bench: venv
 	$(BIN)/python -m tests.bench.true_size
+
+# every method over the pocket world's grid; what was measured before is kept in build/quality and not measured again
+bench-quality: venv
+	$(BIN)/python -m tests.bench.quality
 
 clean:
 	rm -rf $(VENV) .venv-swift .pytest_cache .mypy_cache .ruff_cache
