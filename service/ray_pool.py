@@ -9,13 +9,16 @@ were doing is the control loop's to decide.
 import itertools
 import logging
 import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.errors import BadInput, DeadlineExceeded, OutOfMemory, ServiceError, WorkerLost
 from service.jobs import Job, from_json, to_json
@@ -28,6 +31,33 @@ PATIENCE_S = 1800.0  # for Ray to restart an actor: after a node was lost, until
 PING_S = (0.5, 15.0)  # between looks at an actor that is restarting: at first, at most
 
 
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process of some node; `started` (clock ticks since its boot) tells it from a later one with the same pid."""
+
+    node_id: str
+    pid: int
+    started: str
+
+
+def this_process() -> Process:
+    return Process(ray.get_runtime_context().get_node_id(), os.getpid(), start_of(os.getpid()) or "")
+
+
+def start_of(pid: int) -> str | None:
+    """Field 22 of /proc/<pid>/stat, None if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def end(process: Process) -> None:
+    """To be run on its own node: SIGKILL, which also ends what does not listen to `ray.kill`."""
+    if start_of(process.pid) == process.started:
+        os.kill(process.pid, signal.SIGKILL)
+
+
 class _Actor:
     """The process side. Loading is a call of its own, so that an error in it has a message and no restart loop."""
 
@@ -35,9 +65,9 @@ class _Actor:
         self.settings = settings
         self.worker: Worker | None = None
 
-    def load(self) -> tuple[str, float]:
+    def load(self) -> tuple[str, float, "Process"]:
         self.worker = Worker(self.settings)
-        return self.worker.device, self.worker.load_s
+        return self.worker.device, self.worker.load_s, this_process()
 
     def run(self, job: str) -> JobResult:
         if self.worker is None:  # restarted behind our back
@@ -45,8 +75,8 @@ class _Actor:
         assert self.worker is not None
         return self.worker.run(from_json(job))
 
-    def pid(self) -> int:
-        return os.getpid()
+    def ping(self) -> None:
+        pass
 
 
 @dataclass(slots=True)
@@ -87,6 +117,7 @@ class RayPool:
         self._calls: dict[str, _Call] = {}
         self._absent: dict[str, _Absence] = {}
         self._load_failures: dict[str, int] = {}
+        self.processes: dict[str, Process] = {}
         for number in range(size):
             self._add(f"worker-{number}")
 
@@ -122,10 +153,6 @@ class RayPool:
         if self._own:
             ray.shutdown()
 
-    def pids(self) -> dict[str, int]:
-        """Process ids of the actors, for tests that end one."""
-        return {worker: ray.get(actor.pid.remote()) for worker, actor in self._actors.items()}
-
     def _add(self, worker: str) -> None:
         self._actors[worker] = self._actor_class.remote(self._settings)
         self._load(worker)
@@ -160,7 +187,8 @@ class RayPool:
             return None
         if call.job is None:
             self._load_failures[worker] = 0
-            return Ready(worker, *value)
+            device, load_s, self.processes[worker] = value
+            return Ready(worker, device, load_s)
         return Done(worker, call.job, value)
 
     def _lost(self, worker: str, call: _Call, error: ServiceError) -> Lost:
@@ -178,7 +206,7 @@ class RayPool:
         now = time.monotonic()
         for worker, absence in self._absent.items():
             if worker not in self._calls and absence.next_look <= now:
-                ref = self._actors[worker].pid.remote()
+                ref = self._actors[worker].ping.remote()
                 self._calls[worker] = _Call(ref, None, now + PATIENCE_S, ping=True)
 
     def _still_absent(self, worker: str, error: exceptions.RayError) -> Lost | None:
@@ -193,13 +221,21 @@ class RayPool:
         absence.next_look = now + absence.interval_s
         return None
 
+    def _end(self, worker: str) -> None:
+        """End a worker that does not answer; Ray starts another in its place."""
+        ray.kill(self._actors[worker], no_restart=False)
+        process = self.processes.pop(worker, None)
+        if process is not None:
+            there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+            ray.remote(num_cpus=0, max_retries=0)(end).options(scheduling_strategy=there).remote(process)
+
     def _expire(self) -> list[Report]:
         """Calls past their deadline: one can hang for ever on a node that vanished; only we know what is too long."""
         now = time.monotonic()
         reports: list[Report] = []
         for worker, call in [(worker, call) for worker, call in self._calls.items() if call.deadline <= now]:
             del self._calls[worker]
-            ray.kill(self._actors[worker], no_restart=False)
+            self._end(worker)
             what = "loading its base" if call.job is None else call.job.pair
             late = DeadlineExceeded(f"{worker} took too long over {what} and was restarted: is --deadline too short?")
             reports.append(self._lost(worker, call, late))

@@ -90,10 +90,9 @@ def test_kill_9_of_an_actor_in_mid_merge_loses_no_pair(grid: Grid) -> None:
         wait_until(lambda: bool(seen.of(events.JobStarted)))
         victim = seen.of(events.JobStarted)[0]
         assert isinstance(victim, events.JobStarted)
-        os.kill(pids[victim.worker], signal.SIGKILL)
+        os.kill(pool.processes[victim.worker].pid, signal.SIGKILL)
         killed.append(victim.job.job_id)
 
-    pids = pool.pids()
     killer = threading.Thread(target=kill_the_first_that_works)
     killer.start()
     try:
@@ -114,10 +113,9 @@ def test_a_worker_that_hangs_is_restarted_at_its_deadline(grid: Grid) -> None:
 
     def stop_it_once() -> None:
         wait_until(lambda: bool(seen.of(events.JobStarted)))
-        os.kill(pids["worker-0"], signal.SIGSTOP)
-        stopped.append(pids["worker-0"])
+        stopped.append(pool.processes["worker-0"].pid)
+        os.kill(stopped[0], signal.SIGSTOP)
 
-    pids = pool.pids()
     stopper = threading.Thread(target=stop_it_once)
     stopper.start()
     try:

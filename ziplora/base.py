@@ -84,18 +84,18 @@ class Base:
     def encode_images(self, images: Sequence[Image.Image], width: int, height: int) -> Tensor:
         """[images, channels, height/f, width/f] scaled latents: the mode of the VAE's posterior, so that a seed
         decides everything."""
-        vae = self.pipeline.vae
-        dtype = torch.float32 if vae.dtype == torch.float16 and vae.config.force_upcast else vae.dtype
-        if vae.dtype != dtype:
-            vae.to(dtype)  # SDXL's own VAE overflows in fp16
+        vae, own_dtype = self.pipeline.vae, self.pipeline.vae.dtype
+        overflows = own_dtype == torch.float16 and vae.config.force_upcast  # SDXL's own VAE does, in fp16
+        if overflows:
+            vae.to(torch.float32)
         # EXIF rotation first, then a centred crop: how the DreamBooth scripts see the same files
         fitted = [ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height)) for image in images]
-        latents = [
-            vae.encode(self.pipeline.image_processor.preprocess(image).to(self.device, dtype)).latent_dist.mode()
-            for image in fitted
-        ]
+        pixels = [self.pipeline.image_processor.preprocess(image).to(self.device, vae.dtype) for image in fitted]
+        latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pixels])
+        if overflows:
+            vae.to(own_dtype)  # the pipeline expects it as it was
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return ((torch.cat(latents) - shift) * vae.config.scaling_factor).to(self.dtype)
+        return ((latents - shift) * vae.config.scaling_factor).to(self.dtype)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """√ᾱ_t·x + √(1−ᾱ_t)·ε (DDPM, arXiv 2006.11239, Eq. 4); latents and noise [n, c, h, w], timesteps [n]."""
