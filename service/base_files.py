@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +85,9 @@ def read_base(
     architecture, variant, problems = _check_components(directory, location)
     if problems:
         raise ManifestError("\n".join(problems))
-    unet = _read_json(directory / "unet/config.json")
-    vae = _read_json(directory / "vae/config.json")
-    scheduler = _read_json(directory / "scheduler/scheduler_config.json")
+    unet = read_json(directory / "unet/config.json")
+    vae = read_json(directory / "vae/config.json")
+    scheduler = read_json(directory / "scheduler/scheduler_config.json")
     headers = {
         part: _headers(directory, part, variant) for part in COMPONENTS[architecture] if part in WEIGHTS
     }  # the VAE's too: a truncated file is found here, not on the GPU
@@ -109,7 +109,7 @@ def read_base(
         size_step=vae_factor,
         scheduler=str(scheduler.get("_class_name")),
         prediction_type=str(scheduler.get("prediction_type", "epsilon")),
-        digest=_digest(directory, files, digests or DigestCache()),
+        digest=digest_of(directory, files, digests or DigestCache()),
     )
 
 
@@ -137,21 +137,27 @@ def _find(location: str, revision: str | None, download: bool) -> tuple[Path, st
             f"base {location} does not exist; expected a diffusers directory or a hub id such as "
             "stabilityai/stable-diffusion-xl-base-1.0"
         )
-    return _find_on_hub(location, revision, download)
+    return find_on_hub("base", location, revision, _download_patterns if download else None)
 
 
-def _find_on_hub(repo: str, revision: str | None, download: bool) -> tuple[Path, str]:
+def find_on_hub(
+    what: str, repo: str, revision: str | None, download: Callable[[str, str | None], list[str]] | None
+) -> tuple[Path, str]:
+    """The snapshot in the local hub cache and its commit; `download` says which files to fetch first, None: nothing.
+
+    Raises ManifestError, which calls the model `what`.
+    """
     try:
-        patterns = _download_patterns(repo, revision) if download else None
+        patterns = download(repo, revision) if download else None
         found = Path(snapshot_download(repo, revision=revision, local_files_only=not download, allow_patterns=patterns))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         at = f" at revision {revision}" if revision else ""
         raise ManifestError(
-            f"base {repo}{at} is no directory and not in the local hub cache; fetch it once with `hf download {repo}"
+            f"{what} {repo}{at} is no directory and not in the local hub cache; fetch it once with `hf download {repo}"
             f"{f' --revision {revision}' if revision else ''}`, or allow the download"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ManifestError(f"base {repo} could not be fetched from the hub: {str(error).splitlines()[0]}") from error
+        raise ManifestError(f"{what} {repo} could not be fetched from the hub: {str(error).splitlines()[0]}") from error
     return found, found.name  # a snapshot's directory is named after its commit
 
 
@@ -179,7 +185,7 @@ def _check_components(directory: Path, location: str) -> tuple[Architecture, str
             f"base {location} has no model_index.json{_what_is_there(directory)}; "
             "expected a diffusers directory of SDXL or SD 1.5"
         )
-    found = _read_json(index_file).get("_class_name")
+    found = read_json(index_file).get("_class_name")
     architecture = ARCHITECTURES.get(str(found))
     if architecture is None:
         raise ManifestError(f"base {location} is a {found}; expected {' or '.join(ARCHITECTURES)}")
@@ -242,29 +248,24 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     for wanted in (variant, None) if variant else (None,):
         index = folder / f"{stem}.safetensors.index{f'.{wanted}' if wanted else ''}.json"
         if index.is_file():
-            return [index, *_shards(index)]
+            return [index, *shards(index, f"base {folder.parent}: {folder.name}/{index.name}")]
         single = folder / f"{stem}{f'.{wanted}' if wanted else ''}.safetensors"
         if single.is_file():
             return [single]
     return []
 
 
-def _shards(index: Path) -> list[Path]:
-    """The shards that an index names, each of them there and beside it."""
-    where = f"{index.parent.name}/{index.name}"
-    weight_map = _read_json(index).get("weight_map")
+def shards(index: Path, where: str) -> list[Path]:
+    """The shards that an index names, each of them there and beside it. ManifestError calls the index `where`."""
+    weight_map = read_json(index, where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ManifestError(f"base {index.parent.parent}: {where} has no weight_map; fetch the model again")
+        raise ManifestError(f"{where} has no weight_map; fetch the model again")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ManifestError(
-                f"base {index.parent.parent}: {where} names {name!r}; expected safetensors files beside it"
-            )
+            raise ManifestError(f"{where} names {name!r}; expected safetensors files beside it")
         if not (index.parent / name).is_file():
-            raise ManifestError(
-                f"base {index.parent.parent}: {where} names {name}, which is missing; fetch the model again"
-            )
+            raise ManifestError(f"{where} names {name}, which is missing; fetch the model again")
     return [index.parent / name for name in names]
 
 
@@ -310,8 +311,9 @@ def _whole(value: Any, what: str, location: str) -> int:
     return value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    where = f"base {path.parent}: {path.name}"
+def read_json(path: Path, where: str = "") -> dict[str, Any]:
+    """An object from a JSON file of bounded size. ManifestError calls the file `where`."""
+    where = where or f"base {path.parent}: {path.name}"
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ManifestError(f"{where} is {path.stat().st_size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
     try:
@@ -339,7 +341,7 @@ def _result_files(directory: Path, architecture: Architecture, variant: str | No
             yield from (f"{part}/{name}" for name in TOKENIZER_FILES if (directory / part / name).is_file())
 
 
-def _digest(directory: Path, files: Iterable[str], remembered: DigestCache) -> str:
+def digest_of(directory: Path, files: Iterable[str], remembered: DigestCache) -> str:
     """sha256 over the sorted (relative path, sha256) of the files."""
     names = sorted(files)
     with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from service import events
 from service.catalog import Catalog
+from service.entry import alignments
 from service.errors import NotFound, ServiceError
 from service.steps import Steps
 from ziplora.errors import LoRAError
@@ -457,10 +458,13 @@ def ls(catalog: str, subject: str, style: str, method: str, as_json: bool) -> No
             click.echo(
                 json.dumps(
                     {"job_id": entry.job_id, "subject": entry.subject, "style": entry.style, "method": entry.method}
+                    | {name: value for name, value in alignments(entry).items() if value is not None}
                 )
             )
         return
-    table = Table("subject", "style", "method", "job", "images", "size", "made")
+    scored = any(value is not None for entry in entries for value in alignments(entry).values())
+    titles = ("CLIP-I style", "DINO subject", "CLIP-T text") if scored else ()
+    table = Table("subject", "style", "method", "job", "images", *titles, "size", "made")
     for entry in entries:
         images = sum(name.startswith("samples/") for name in entry.objects)
         table.add_row(
@@ -469,6 +473,7 @@ def ls(catalog: str, subject: str, style: str, method: str, as_json: bool) -> No
             entry.method,
             entry.job_id[:12],
             str(images),
+            *(("–" if value is None else f"{value:.3f}") for value in alignments(entry).values() if scored),
             size_text(entry.n_bytes),
             f"{entry.created:%Y-%m-%d %H:%M}",
         )

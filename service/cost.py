@@ -173,7 +173,7 @@ def time_from(stages: Sequence[Mapping[str, float]], n_jobs: int) -> Duration:
     return Duration(
         n_jobs * mean("calibrate"),
         n_jobs * (mean("merge") + mean("fetch", "write", "commit")),
-        n_jobs * mean("sample"),
+        n_jobs * mean("sample", "score"),
         f"the mean of {len(stages)} finished entries of this catalog, on one device like theirs",
     )
 

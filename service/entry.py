@@ -70,6 +70,16 @@ class Entry:
         return sum(item.size for item in self.objects.values())
 
 
+ALIGNMENTS = ("style_alignment", "subject_alignment", "text_alignment")
+
+
+def alignments(entry: Entry) -> dict[str, float | None]:
+    """By the names of ALIGNMENTS: mean cosines of the samples with what they should show; None: not scored."""
+    scores = entry.report.get("scores")
+    found = {name: scores.get(name) if isinstance(scores, dict) else None for name in ALIGNMENTS}
+    return {name: value if isinstance(value, float) and math.isfinite(value) else None for name, value in found.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A job that was given up: `kind` is the error's class, `inputs` where its files were looked for."""

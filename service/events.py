@@ -45,7 +45,8 @@ class JobStarted:
 
 @dataclass(frozen=True, slots=True)
 class JobCommitted:
-    """`already`: another attempt had committed it first. `stages` in seconds; `n_bytes` written to the store."""
+    """`already`: another attempt had committed it first. `stages` in seconds; `n_bytes` written to the store;
+    `alignments` by kind (style, subject, text), where the samples were scored."""
 
     job: Job
     worker: str
@@ -53,6 +54,7 @@ class JobCommitted:
     stages: Mapping[str, float] = field(default_factory=dict)
     n_bytes: int = 0
     peak_bytes: int = 0
+    alignments: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

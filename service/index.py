@@ -13,7 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from service.entry import VERSION, Entry, Failure, Unreadable, digest_line, digest_of_lines
+from service.entry import (
+    ALIGNMENTS,
+    VERSION,
+    Entry,
+    Failure,
+    Unreadable,
+    alignments,
+    digest_line,
+    digest_of_lines,
+)
 from service.storage import Store
 
 BATCH_ROWS = 2000  # turned into columns at a time: a row as Python values takes ten times the memory
@@ -51,6 +60,9 @@ SCHEMA = pa.schema(
         ("lora_bytes", pa.int64()),
         ("preview_key", pa.string()),
         ("sample_keys", pa.list_(pa.string())),
+        ("style_alignment", pa.float64()),  # CLIP-I; the three are null where nothing was scored
+        ("subject_alignment", pa.float64()),  # DINO
+        ("text_alignment", pa.float64()),  # CLIP-T
         ("n_bytes", pa.int64()),  # of all objects
         ("created", pa.timestamp("us", tz="UTC")),
         ("attempt", pa.string()),
@@ -134,6 +146,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "lora_bytes": lora and lora.size,
         "preview_key": preview and preview.key,
         "sample_keys": [item.key for name, item in sorted(entry.objects.items()) if name.startswith("samples/")],
+        **alignments(entry),
         "n_bytes": entry.n_bytes,
         "created": entry.created,
         "attempt": entry.attempt,
@@ -145,7 +158,8 @@ def row(entry: Entry) -> dict[str, Any]:
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     names = (*ORDER, "lora_key", "lora_bytes", "preview_key", "sample_keys")
-    return {name: row[name] for name in names} | {"created": row["created"].isoformat()}
+    scores = {name: row[name] for name in ALIGNMENTS if row[name] is not None}
+    return {name: row[name] for name in names} | scores | {"created": row["created"].isoformat()}
 
 
 def _given_up(failure: Failure) -> dict[str, Any]:

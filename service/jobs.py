@@ -81,6 +81,30 @@ class SampleSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ScorerRef:
+    """A model that judges samples: an absolute directory or a hub id; `digest` as that of a base."""
+
+    location: str
+    revision: str | None
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scorers:
+    """Who judges the samples: a CLIP the style and the text, a self-supervised ViT the subject; None: nobody does."""
+
+    clip: ScorerRef | None = None
+    dino: ScorerRef | None = None
+
+    def __bool__(self) -> bool:
+        return self.clip is not None or self.dino is not None
+
+
+NO_SCORERS = Scorers()
+SCORED_STRENGTH = 1.0  # samples of other style strengths are there to show what the strength does
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A pair with everything that changes its result. `job_id` is computed, never given."""
 
@@ -92,6 +116,7 @@ class Job:
     seed: int
     samples: SampleSettings
     outputs: tuple[str, ...] = ()  # objects on request: "peft" = the merged file's PEFT-layout twin
+    scorers: Scorers = NO_SCORERS
     job_id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,15 +142,17 @@ def identity(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "samples": asdict(job.samples),
         "outputs": sorted(job.outputs),
-    }
+    } | ({"scorers": _scorers_identity(job.scorers)} if job.scorers else {})
 
 
 def _identity_json(job: Job) -> str:
     """canonical_json(identity(job)), from parts that the jobs of a grid share: a million pairs, two thousand LoRAs."""
+    # ids from before there were scores stay valid: without scorers the identity has no such field
+    scorers = f'"scorers":{_scorers_json(job.scorers)},' if job.scorers else ""
     return (
         f'{{"algorithm":{ALGORITHM},"base":{_base_json(job.base)},"knobs":{canonical_json(dict(job.knobs))},'
         f'"method":{canonical_json(job.method)},"outputs":{canonical_json(sorted(job.outputs))},'
-        f'"samples":{_samples_json(job.samples)},"seed":{job.seed},'
+        f'"samples":{_samples_json(job.samples)},{scorers}"seed":{job.seed},'
         f'"style":{_concept_json(job.style)},"subject":{_concept_json(job.subject)}}}'
     )
 
@@ -138,6 +165,11 @@ def _base_json(base: BaseRef) -> str:
 @lru_cache(64)
 def _samples_json(samples: SampleSettings) -> str:
     return canonical_json(asdict(samples))
+
+
+@lru_cache(64)
+def _scorers_json(scorers: Scorers) -> str:
+    return canonical_json(_scorers_identity(scorers))
 
 
 @lru_cache(16384)
@@ -158,6 +190,10 @@ def _concept_identity(concept: Concept) -> dict[str, Any]:
         "images": [image.sha256 for image in concept.images],
         "weight": concept.weight,
     }
+
+
+def _scorers_identity(scorers: Scorers) -> dict[str, str]:
+    return {kind: ref.digest for kind, ref in (("clip", scorers.clip), ("dino", scorers.dino)) if ref}
 
 
 def canonical_json(value: Any) -> str:
@@ -186,6 +222,7 @@ def from_json(text: str) -> Job:
             style=_concept(fields.pop("style")),
             samples=_samples(fields.pop("samples")),
             outputs=tuple(fields.pop("outputs")),
+            scorers=_scorers(fields.pop("scorers")),
             **fields,
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -213,6 +250,10 @@ def _samples(fields: dict[str, Any]) -> SampleSettings:
     )
 
 
+def _scorers(fields: dict[str, Any]) -> Scorers:
+    return Scorers(**{kind: ref and ScorerRef(**ref) for kind, ref in fields.items()})
+
+
 def template_problem(template: str) -> str | None:
     """Why a prompt template cannot be rendered, or None. `{{` and `}}` are literal braces."""
     try:
@@ -226,6 +267,11 @@ def template_problem(template: str) -> str | None:
     except ValueError:
         return "unbalanced braces: write {{ and }} for literal ones"
     return None
+
+
+def shows_pair(template: str) -> bool:
+    """Whether its pictures are of the subject in the style."""
+    return {name for _, name, _, _ in string.Formatter().parse(template)} >= set(TEMPLATE_FIELDS)
 
 
 def render(template: str, subject: Concept, style: Concept) -> str:

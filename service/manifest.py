@@ -22,6 +22,8 @@ from service.manifest_file import (
     DEFAULT_METHOD,
     ManifestFile,
     SamplesSection,
+    ScorerSection,
+    ScoresSection,
     check_file,
     check_knobs,
     check_lora,
@@ -29,6 +31,7 @@ from service.manifest_file import (
     check_text,
 )
 from service.pairs import choose_pairs
+from service.scorer_files import Kind
 from service.storage import split_location
 from service.wording import Fault, FieldPath, field_name, plain, shown, unknown
 from service.yaml_text import MAX_BYTES, Document, Problem, Unreadable, read_yaml
@@ -38,6 +41,7 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ID_RULE = "1 to 64 of A-Z a-z 0-9 . _ - beginning with a letter or digit"
 WINDOWS_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 DEFAULT_PROMPT = "{subject} in {style}"
+KINDS: tuple[Kind, ...] = ("clip", "dino")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,15 @@ class SampleSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ScorerSpec:
+    """A model that judges samples: absolute directory or hub id."""
+
+    kind: Kind
+    location: str
+    revision: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """A manifest without a problem in itself. `defaulted`: one line for each thing not given, with what is taken."""
 
@@ -98,6 +111,7 @@ class Manifest:
     pairs: tuple[tuple[str, str], ...]  # (subject id, style id), in the order of the grid
     merges: tuple[MergeSpec, ...]
     samples: SampleSpec
+    scorers: tuple[ScorerSpec, ...]
     outputs: tuple[str, ...]
     output: str  # absolute directory or s3 URL
     defaulted: tuple[str, ...]
@@ -185,7 +199,8 @@ class _Reading:
         self._add(faults)
         merges = tuple(self._merges())
         prompts = tuple(self._prompts())
-        base, output = self._base(), self._output()
+        base, output = self._model("base"), self._output()
+        scorers = {kind: self._model("scores", kind) for kind in KINDS if self._section("scores").get(kind) is not None}
         if self.problems or file is None:
             raise _manifest_error(self.name, self.problems)
         return Manifest(
@@ -198,6 +213,7 @@ class _Reading:
             pairs=tuple(pairs),
             merges=merges,
             samples=_sample_spec(file.samples, prompts),
+            scorers=tuple(_scorer_specs(file.scores, scorers)),
             outputs=tuple(sorted(set(file.outputs))),
             output=output,
             defaulted=tuple(self._defaulted(file, merges)),
@@ -277,13 +293,15 @@ class _Reading:
             self._problem(field, f"{location} matches no file; expected an image, or leave images out")
         return found
 
-    # Base and output
+    # Models and output
 
-    def _base(self) -> str:
-        """The directory if there is one, else the hub id if it looks like one; it is looked for by `read_base`."""
-        section = self._section("base")
-        field: FieldPath = ("base", "location") if section else ("base",)
-        text = section.get("location") if section else self.raw.get("base")
+    def _model(self, *field: str) -> str:
+        """The directory if there is one, else the hub id if it looks like one; whether it is there is seen later."""
+        text: Any = self.raw
+        for name in field:
+            text = text.get(name)
+        if isinstance(text, dict):
+            field, text = (*field, "location"), text.get("location")
         if isinstance(text, str) and text.strip().startswith("s3://"):
             self._problem(
                 field, f"{text} lies in object storage; expected a local directory or a hub id: copy it first"
@@ -415,6 +433,12 @@ class _Reading:
             unweighted = [id for id, lora in getattr(file, role).items() if "weight" not in lora.model_fields_set]
             if unweighted:
                 yield f"{role}: weight 1.0 for {len(unweighted)} of {len(getattr(file, role))}"
+
+
+def _scorer_specs(section: ScoresSection, locations: Mapping[Kind, str]) -> Iterator[ScorerSpec]:
+    for kind, location in locations.items():
+        scorer: ScorerSection = getattr(section, kind)
+        yield ScorerSpec(kind, location, scorer.revision)
 
 
 def _sample_spec(section: SamplesSection, prompts: tuple[SamplePrompt, ...]) -> SampleSpec:

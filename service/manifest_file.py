@@ -77,6 +77,26 @@ class BaseSection(Strict):
     revision: Text | None = Field(None, description="commit, branch or tag of a hub id")
 
 
+class ScorerSection(Strict):
+    location: Location = Field(description="a model's directory, or a hub id such as openai/clip-vit-base-patch32")
+    revision: Text | None = Field(None, description="commit, branch or tag of a hub id")
+
+
+Scorer = Annotated[ScorerSection | None, BeforeValidator(_located, json_schema_input_type=str | ScorerSection | None)]
+
+
+class ScoresSection(Strict):
+    """Who judges the samples; without it there are no scores."""
+
+    clip: Scorer = Field(
+        default=None, description="a CLIP: alignment of the samples with the style's images, and with their prompts"
+    )
+    dino: Scorer = Field(
+        default=None,
+        description="a self-supervised ViT such as DINO: alignment of the samples with the subject's images",
+    )
+
+
 class LoRASection(Strict):
     """One subject or style."""
 
@@ -117,6 +137,7 @@ class ManifestFile(Strict):
     )
     merge: Any = Field(None, description="a method with its knobs, or a list of them")
     samples: SamplesSection = Field(SamplesSection(), description="what to sample from each merge; {} for nothing")
+    scores: ScoresSection = Field(ScoresSection(), description="models that judge the samples: {clip: …, dino: …}")
     outputs: Outputs = Field([], description="objects on request: peft, the merged LoRA in PEFT layout too")
     output: Location = Field(description="where the catalog goes: a directory or s3://bucket/prefix")
 
@@ -213,6 +234,10 @@ def _model_of(field: FieldPath) -> type[BaseModel]:
             return SamplesSection
         case ("base", _, *_):
             return BaseSection
+        case ("scores", _, _, *_):
+            return ScorerSection
+        case ("scores", _, *_):
+            return ScoresSection
     return ManifestFile
 
 
@@ -272,7 +297,7 @@ def manifest_schema() -> dict[str, Any]:
     fields["merge"]["anyOf"] = [*merges, {"type": "array", "items": {"anyOf": merges}, "minItems": 1}]
     prompts = schema["$defs"]["SamplesSection"]["properties"]["prompts"]
     prompts["anyOf"] = [*texts["anyOf"], {"type": "object", "additionalProperties": text}]
-    for several_spellings in (fields["merge"], prompts, fields["samples"]):
+    for several_spellings in (fields["merge"], prompts, fields["samples"], fields["scores"]):
         several_spellings.pop("default", None)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

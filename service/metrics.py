@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from service import events
 from service.errors import ServiceError
 
+ALIGNMENT_BUCKETS = tuple(n / 20 for n in range(21))  # a cosine; below 0 is rare enough for one bucket
 STAGE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
 
 
@@ -33,6 +34,13 @@ class Metrics:
             "Seconds that a committed job spent in a stage.",
             ["stage"],
             buckets=STAGE_BUCKETS,
+            registry=registry,
+        )
+        self.alignments = Histogram(
+            "ziplora_alignment",
+            "Alignments of the samples of a committed job, by kind: style, subject, text.",
+            ["kind"],
+            buckets=ALIGNMENT_BUCKETS,
             registry=registry,
         )
         self.busy = Counter(
@@ -73,6 +81,8 @@ class Metrics:
                 self._move("running", "committed")
                 self.attempts.labels("already" if event.already else "committed").inc()
                 self._time(event.stages)
+                for kind, cosine in event.alignments.items():
+                    self.alignments.labels(kind).observe(cosine)
                 self.written.inc(event.n_bytes)
                 self._peak = max(self._peak, event.peak_bytes)
                 self.peak.set(self._peak)

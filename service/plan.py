@@ -14,9 +14,20 @@ from service.catalog import Catalog
 from service.cost import Bytes, Duration, bytes_of, calibration_of, time_from, time_of
 from service.errors import Corrupted, ManifestError, NotFound, ServiceError, StorageError
 from service.inputs import DigestCache
-from service.jobs import Architecture, BaseRef, Concept, Job, SampleSettings
+from service.jobs import (
+    SCORED_STRENGTH,
+    Architecture,
+    BaseRef,
+    Concept,
+    Job,
+    SampleSettings,
+    ScorerRef,
+    Scorers,
+    shows_pair,
+)
 from service.lora_checks import CheckedLoRA, check_loras, trigger_of
 from service.manifest import LoRASpec, Manifest
+from service.scorer_files import read_scorer
 from service.steps import Steps
 from service.storage import open_store
 from service.wording import field_name, plain, some
@@ -36,6 +47,7 @@ class Plan:
     manifest_digest: str
     output: str
     base: BaseFiles | None
+    scorers: Scorers
     loras: tuple[CheckedLoRA, ...]
     jobs: tuple[Job, ...]
     committed: frozenset[str]  # job ids, of these jobs only
@@ -59,6 +71,7 @@ class Plan:
             "manifest": {"name": self.manifest, "sha256": self.manifest_digest},
             "output": self.output,
             "base": _base_json(self.base) if self.base else None,
+            "scorers": asdict(self.scorers),
             "loras": [_lora_json(lora) for lora in self.loras],
             "counts": {"jobs": len(self.jobs), "committed": len(self.committed), "left": len(self.left)},
             "images_per_job": self.jobs[0].samples.n_images if self.jobs else 0,
@@ -95,6 +108,8 @@ def plan(
     """
     digests = digests or DigestCache()
     base, problems = _base(manifest, digests, download)
+    scorers, unfit = _scorers(manifest, digests, download)
+    problems += unfit
     used = _used(manifest)
     loras = tuple(watch(check_loras(manifest, used, base, digests, threads)))
     problems += [problem for lora in loras for problem in lora.problems]
@@ -102,10 +117,11 @@ def plan(
     problems += _size_problems(manifest, base, samples) if base and samples else []
     jobs: tuple[Job, ...] = ()
     defaulted = list(manifest.defaulted)
-    if base and samples:
+    if base and samples and not unfit:
         concepts = {(lora.spec.role, lora.spec.id): _concept(lora) for lora in loras if not lora.problems}
-        jobs = tuple(_jobs(manifest, base.ref, concepts, samples))
+        jobs = tuple(_jobs(manifest, base.ref, concepts, samples, scorers))
         defaulted += _sample_defaults(manifest, samples)
+        defaulted += _unscored(scorers, samples, loras)
     defaulted += _lora_defaults(loras, jobs)
     defaulted += _unused(manifest, used)
     committed, stages, unlisted = _catalog(manifest, jobs)
@@ -116,6 +132,7 @@ def plan(
         manifest_digest=manifest.digest,
         output=manifest.output,
         base=base,
+        scorers=scorers,
         loras=loras,
         jobs=jobs,
         committed=frozenset(committed),
@@ -134,6 +151,17 @@ def _base(manifest: Manifest, digests: DigestCache, download: bool) -> tuple[Bas
         return read_base(manifest.base, manifest.revision, digests=digests, download=download), []
     except ServiceError as error:
         return None, [f"{manifest.where('base')}: {line}" for line in str(error).splitlines()]
+
+
+def _scorers(manifest: Manifest, digests: DigestCache, download: bool) -> tuple[Scorers, list[str]]:
+    found: dict[str, ScorerRef] = {}
+    problems: list[str] = []
+    for spec in manifest.scorers:
+        try:
+            found[spec.kind] = read_scorer(spec.kind, spec.location, spec.revision, digests=digests, download=download)
+        except ServiceError as error:
+            problems += [f"{manifest.where('scores', spec.kind)}: {line}" for line in str(error).splitlines()]
+    return Scorers(**found), problems
 
 
 def _used(manifest: Manifest) -> list[LoRASpec]:
@@ -175,7 +203,11 @@ def _size_problems(manifest: Manifest, base: BaseFiles, samples: SampleSettings)
 
 
 def _jobs(
-    manifest: Manifest, base: BaseRef, concepts: Mapping[tuple[str, str], Concept], samples: SampleSettings
+    manifest: Manifest,
+    base: BaseRef,
+    concepts: Mapping[tuple[str, str], Concept],
+    samples: SampleSettings,
+    scorers: Scorers,
 ) -> Iterator[Job]:
     """Method by method and seed by seed, the grid in its order; pairs with a LoRA that cannot be used are left out."""
     for merge in manifest.merges:
@@ -183,7 +215,7 @@ def _jobs(
             for subject_id, style_id in manifest.pairs:
                 subject, style = concepts.get(("subject", subject_id)), concepts.get(("style", style_id))
                 if subject and style:
-                    yield Job(base, subject, style, merge.method, merge.knobs, seed, samples, manifest.outputs)
+                    yield Job(base, subject, style, merge.method, merge.knobs, seed, samples, manifest.outputs, scorers)
 
 
 def _sample_defaults(manifest: Manifest, samples: SampleSettings) -> Iterator[str]:
@@ -196,6 +228,24 @@ def _sample_defaults(manifest: Manifest, samples: SampleSettings) -> Iterator[st
         yield f"samples.size: {samples.width}×{samples.height}, what the base was trained at"
     if manifest.samples.scheduler is None:
         yield "samples.scheduler: the base's own"
+
+
+def _unscored(scorers: Scorers, samples: SampleSettings, loras: Iterable[CheckedLoRA]) -> Iterator[str]:
+    """What the scorers will have nothing to go by for."""
+    if not scorers:
+        return
+    if samples.n_images == 0 or SCORED_STRENGTH not in samples.style_strengths:
+        yield "scores: none, as there are no samples of style strength 1.0"
+        return
+    if not any(shows_pair(prompt.template) for prompt in samples.prompts):
+        yield "scores: text alignment only, as no sample prompt has both {subject} and {style}"
+        return
+    for role, scorer, kind in (("subject", scorers.dino, "dino"), ("style", scorers.clip, "clip")):
+        bare = [f"{role}s.{lora.spec.id}" for lora in loras if lora.spec.role == role and not lora.spec.images]
+        if scorer is None:
+            yield f"scores: no {role} alignment without a {kind} scorer"
+        elif bare:
+            yield f"scores: no {role} alignment for {some(bare)}, without reference images"
 
 
 def _lora_defaults(loras: Iterable[CheckedLoRA], jobs: Sequence[Job]) -> Iterator[str]:

@@ -17,6 +17,9 @@ def summary_lines(plan: Plan) -> Iterator[str]:
         base = plan.base
         kind = f"{base.architecture}, {base.default_size} px, {base.prediction_type}"
         yield f"base      {base.location} ({kind}, sha256 {base.digest[:12]})"
+    for kind, scorer in (("clip", plan.scorers.clip), ("dino", plan.scorers.dino)):
+        if scorer:
+            yield f"scorer    {kind}: {scorer.location} (sha256 {scorer.digest[:12]})"
     roles = Counter(lora.spec.role for lora in plan.loras)
     n_bytes = sum(lora.n_bytes for lora in plan.loras)
     yield f"LoRAs     {roles['subject']} subjects, {roles['style']} styles, {_size(n_bytes)}"

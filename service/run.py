@@ -152,7 +152,13 @@ class _Loop:
             self.progress.committed.append(job)
             self.tell(
                 events.JobCommitted(
-                    job, worker, result.status == "already", result.stages, result.n_bytes, result.peak_bytes
+                    job,
+                    worker,
+                    result.status == "already",
+                    result.stages,
+                    result.n_bytes,
+                    result.peak_bytes,
+                    result.alignments,
                 )
             )
             self._forget_failure(job)

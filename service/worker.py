@@ -23,7 +23,8 @@ from pydantic import TypeAdapter
 from service.catalog import Catalog
 from service.errors import AlreadyCommitted, BadInput, Corrupted, NotFound, OutOfMemory, ServiceError
 from service.inputs import LocalCache, user_cache
-from service.jobs import Concept, Job, identity, render
+from service.jobs import Concept, Job, Role, identity, render
+from service.scoring import Judges, alignments_of, scored
 from service.storage import open_store
 from ziplora import formats
 from ziplora.base import Base, load_base
@@ -67,6 +68,7 @@ class JobResult:
     stages: Mapping[str, float] = field(default_factory=dict)
     n_bytes: int = 0
     peak_bytes: int = 0
+    alignments: Mapping[str, float] = field(default_factory=dict)  # style, subject, text → mean cosine, if there is one
 
 
 class Worker:
@@ -88,6 +90,7 @@ class Worker:
             raise BadInput(f"base {settings.base} does not load: {error}") from error
         self.load_s = time.monotonic() - started
         self.catalog = Catalog(open_store(settings.catalog))
+        self.judges = Judges(self.device)
         self.files = LocalCache(Path(settings.cache_dir) if settings.cache_dir else user_cache(), settings.cache_bytes)
         self.loras: Cache[LoRA] = Cache(settings.memory_cache_bytes, n_bytes)
         self.calibrations: Cache[Calibration] = Cache(
@@ -107,7 +110,14 @@ class Worker:
             with timed(stages, "commit"):
                 entry = self.catalog.commit(job.job_id, identity(job), files, {**report, "stages": dict(stages)})
             size = sum(object.size for object in entry.objects.values())
-            return JobResult(job.job_id, "committed", stages=stages, n_bytes=size, peak_bytes=self._peak_bytes())
+            return JobResult(
+                job.job_id,
+                "committed",
+                stages=stages,
+                n_bytes=size,
+                peak_bytes=self._peak_bytes(),
+                alignments=alignments_of(report),
+            )
         except AlreadyCommitted:
             return JobResult(job.job_id, "already", stages=stages)
         except ServiceError as error:
@@ -126,6 +136,9 @@ class Worker:
     def _make(self, job: Job, stages: dict[str, float]) -> tuple[dict[str, bytes], dict[str, Any]]:
         method = METHODS[job.method]
         knobs: Any = TypeAdapter(method.knobs).validate_python(dict(job.knobs))
+        if job.scorers:
+            with timed(stages, "score"):  # a judge that does not load shall not cost a merge
+                self.judges.load(job.scorers)
         with timed(stages, "fetch"):
             subject, style = self._lora(job.subject), self._lora(job.style)
         observe = method.calibration(knobs, job.seed)
@@ -143,7 +156,14 @@ class Worker:
             files |= pictures
             if pictures:
                 files["merged.png"] = next(iter(pictures.values()))
-        return files, self._report(job, merged, calibrations, (subject, style))
+        report = self._report(job, merged, calibrations, (subject, style))
+        if job.scorers:
+            with timed(stages, "score"):
+                references: dict[Role, list[Image.Image]] = {
+                    concept.role: self._images(concept) for concept in (job.subject, job.style)
+                }
+                report["scores"] = scored(job, report["samples"], files, references, self.judges)
+        return files, report
 
     def _lora(self, concept: Concept) -> LoRA:
         def load() -> LoRA:

@@ -12,6 +12,8 @@ from service.jobs import (
     Job,
     SamplePrompt,
     SampleSettings,
+    ScorerRef,
+    Scorers,
     canonical_json,
     from_json,
     identity,
@@ -32,17 +34,26 @@ SAMPLES = SampleSettings(
 JOB = Job(BASE, DOG, INK, "ziplora", {"steps": 100, "lr": 0.01}, 0, SAMPLES)
 
 
-def test_round_trip_keeps_every_field():
-    back = from_json(to_json(JOB))
-    assert back == JOB
-    assert hash(back) == hash(JOB)
+SCORED = replace(JOB, scorers=Scorers(clip=ScorerRef("openai/clip-vit-base-patch32", "c0ffee", "c" * 64)))
+
+
+@pytest.mark.parametrize("job", [JOB, SCORED])
+def test_round_trip_keeps_every_field(job):
+    back = from_json(to_json(job))
+    assert back == job
+    assert hash(back) == hash(job)
     assert {f.name for f in fields(Job)} == set(json.loads(to_json(JOB)))
 
 
 def test_job_id_is_the_hash_of_the_identity():
     assert JOB.job_id == job_id(identity(JOB))
     assert len(JOB.job_id) == 64
+    assert SCORED.job_id == job_id(identity(SCORED))
     assert canonical_json({"b": 1, "a": [1.0, "é"]}) == '{"a":[1.0,"\\u00e9"],"b":1}'
+
+
+def test_a_job_without_scorers_has_the_id_it_had_before_there_were_scores():
+    assert JOB.job_id == "b95efba30df6f59aacae2c3985ae176bed402b774aa4b3d94ad168cadc6eaa05"
 
 
 MOVED = [
@@ -72,6 +83,9 @@ CHANGED = [
         )
     ),
     replace(JOB, style=replace(INK, id="oil")),
+    SCORED,
+    replace(SCORED, scorers=Scorers(dino=SCORED.scorers.clip)),
+    replace(SCORED, scorers=Scorers(clip=ScorerRef("openai/clip-vit-base-patch32", "c0ffee", "d" * 64))),
     replace(JOB, method="direct"),
     replace(JOB, knobs={"steps": 99, "lr": 0.01}),
     replace(JOB, seed=1),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 CLIP = "openai/clip-vit-base-patch32"
 DINO = "facebook/dino-vits16"
@@ -82,6 +82,7 @@ def load_dino(
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32).eval().to(device)
+    model.pooler = None  # not used, and random where the checkpoint has none (DINO's): the digest must not see it
     prepare = _image_processor(source, revision)
 
     def images(pictures: Sequence[Image.Image]) -> Tensor:
