@@ -30,6 +30,7 @@ from tests.bench.true_size import machine
 from ziplora import pocket
 from ziplora.methods import METHODS
 from ziplora.pocket import world
+from ziplora.sample import SCHEDULERS
 
 BASELINES = ("direct@0.5", "direct@0.7", "direct@1/0", "direct@0/1", TRUTH.name)
 AGAINST = ("direct", "ziplora")
@@ -141,8 +142,7 @@ def grid(n_subjects: int | None, n_styles: int | None) -> list[tuple[int, int]]:
     """All places of the grid along its diagonals, so that any first N of them are spread over rows and columns."""
     rows = len(pocket.SUBJECTS[:n_subjects])
     columns = len(pocket.STYLES[:n_styles])
-    order = [(i, (i + shift) % columns) for shift in range(columns) for i in range(rows)]
-    return [place for place in order if place[0] < rows]
+    return [(i, (i + shift) % columns) for shift in range(columns) for i in range(rows)]
 
 
 def names_of(pairs: Sequence[tuple[int, int]]) -> set[tuple[str, str]]:
@@ -239,6 +239,7 @@ def sheets(out: Path, variants: Sequence[Variant], found: Sequence[dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usual = Settings()
     parser.add_argument("--pairs", type=int, help="the first N along the grid's diagonals")
     parser.add_argument("--subjects", type=int, help="only the first N")
     parser.add_argument("--styles", type=int, help="only the first N")
@@ -246,9 +247,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", metavar="M", help="default: all of METHODS, and baselines")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--minutes", type=float, help="start no block of pairs after this")
-    parser.add_argument("--images", type=int, default=4, help="of the combined prompt, for each pair and seed")
-    parser.add_argument("--steps", type=int, default=20, help="of sampling")
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument(
+        "--images", type=int, default=usual.images, help="of the combined prompt, for each pair and seed"
+    )
+    parser.add_argument("--scheduler", default=usual.scheduler, choices=SCHEDULERS)
+    parser.add_argument("--steps", type=int, default=usual.steps, help="of sampling")
+    parser.add_argument("--guidance", type=float, default=usual.guidance)
     parser.add_argument("--side-by-side", type=int, default=8, help="pairs merged in one go")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("build/quality"))
@@ -260,9 +264,11 @@ def main() -> None:
     options.seeds = options.seeds or (1 if options.sweep else 3)
     defaults = sweep_variants() if options.sweep else [*METHODS, *BASELINES]
     variants = [parse_variant(text) for text in options.methods or defaults]
-    pairs = list(SWEEP_PAIRS) if options.sweep else grid(options.subjects, options.styles)
+    pairs = grid(options.subjects, options.styles)
+    if options.sweep:
+        pairs = [pair for pair in SWEEP_PAIRS if pair in pairs]
     pairs = pairs[: options.pairs]
-    records = Records(options.work, Settings(options.steps, options.guidance, options.images))
+    records = Records(options.work, Settings(options.scheduler, options.steps, options.guidance, options.images))
     measure(options, pairs, variants, records)
     report(options, pairs, variants, records)
 

@@ -24,6 +24,7 @@ from ziplora.methods import METHODS, CalibrationSettings
 from ziplora.optimize import batch, reconstruction, student_conditioning
 from ziplora.pocket import Concept, world
 from ziplora.pocket.recognise import Recogniser
+from ziplora.sample import make_scheduler
 from ziplora.score import load_clip, load_dino, mean_cosine
 
 TRUTHS = 32  # renderings of one scene: pose, size and pattern phase vary
@@ -34,7 +35,8 @@ HELD_OUT = "held out"  # names the seed of draws that no merge was fitted to
 class Settings:
     """How every merge is sampled and judged. `images` of the combined prompt, half as many of each other prompt."""
 
-    steps: int = 20
+    scheduler: str = "dpm++2m"
+    steps: int = 10
     guidance: float = 4.0
     images: int = 4
     held_out_draws: int = 48
@@ -233,8 +235,10 @@ class Stand:
             for shot in wanted
             for i in range(shot.count)
         ]
+        pipeline = self.base.pipeline
+        pipeline.scheduler = make_scheduler(self.settings.scheduler, pipeline.scheduler)  # afresh: they carry state
         with self.base.slots.loaded([[merged.subject, merged.style]]):
-            images = self.base.pipeline(
+            images = pipeline(
                 prompts,
                 num_inference_steps=self.settings.steps,
                 guidance_scale=self.settings.guidance,
