@@ -31,7 +31,8 @@ lint: venv
 # a grid merged on this machine's CPU by the production path; everything is left in $(DEST)
 demo: venv
 	mkdir -p $(DEST)
-	test -d $(DEST)/base || $(BIN)/python -m tests.grid $(DEST)
+	test -f $(DEST)/.built || $(BIN)/python -m tests.grid $(DEST)
+	touch $(DEST)/.built
 	cp manifests/demo.yaml $(DEST)/manifest.yaml
 	$(BIN)/ziplora run $(DEST)/manifest.yaml --workers 2
 	@echo "The merged LoRAs and images are in $(DEST)/catalog. To copy them out under readable names:"

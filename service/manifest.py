@@ -103,7 +103,8 @@ class Manifest:
     """A manifest without a problem in itself. `defaulted`: one line for each thing not given, with what is taken."""
 
     name: str  # as messages name it
-    digest: str  # sha256 of the file
+    source: bytes  # the file as it was read
+    digest: str  # its sha256
     base: str  # absolute directory or hub id
     revision: str | None
     subjects: tuple[LoRASpec, ...]
@@ -140,7 +141,7 @@ def parse_manifest(raw: bytes, *, name: str, directory: str) -> Manifest:
     if not isinstance(document.value, dict):
         expected = f"expected a mapping of the fields {', '.join(ManifestFile.model_fields)}"
         raise _manifest_error(name, [Problem(document.lines[()], "", f"{expected}, given {shown(document.value)}")])
-    return _Reading(document, name, directory).manifest(hashlib.sha256(raw).hexdigest())
+    return _Reading(document, name, directory).manifest(raw)
 
 
 def _read_file(path: Path, name: str) -> bytes:
@@ -191,7 +192,7 @@ class _Reading:
         self.directory = directory
         self.problems: list[Problem] = []
 
-    def manifest(self, digest: str) -> Manifest:
+    def manifest(self, source: bytes) -> Manifest:
         file, faults = check_file(self.raw)
         self._add(faults)
         subjects, styles = tuple(self._loras("subjects")), tuple(self._loras("styles"))
@@ -205,7 +206,8 @@ class _Reading:
             raise _manifest_error(self.name, self.problems)
         return Manifest(
             name=self.name,
-            digest=digest,
+            source=source,
+            digest=hashlib.sha256(source).hexdigest(),
             base=base,
             revision=file.base.revision,
             subjects=subjects,

@@ -194,12 +194,14 @@ def _samples(manifest: Manifest, base: BaseFiles) -> SampleSettings:
 
 def _size_problems(manifest: Manifest, base: BaseFiles, samples: SampleSettings) -> list[str]:
     step = base.size_step
+    expected = f"pixels do not fit the base; expected multiples of {step}"
+    problems = []
     if samples.width % step or samples.height % step:
-        return [
-            f"{manifest.where('samples', 'size')}: {samples.width}×{samples.height} pixels do not fit the base; "
-            f"expected multiples of {step}"
-        ]
-    return []
+        problems.append(f"{manifest.where('samples', 'size')}: {samples.width}×{samples.height} {expected}")
+    for size in (merge.knobs.get("size") for merge in manifest.merges):
+        if size is not None and size % step:
+            problems.append(f"{manifest.where('merge')}: size {size} {expected}")
+    return problems
 
 
 def _jobs(

@@ -1,6 +1,7 @@
 """Workers as the control loop sees them. `InlinePool` is one worker in this process: for debugging, and for
 machines without Ray."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -93,6 +94,7 @@ class InlinePool:
             self._worker = self._make(self._settings)
             return [Ready("inline", self._worker.device, self._worker.load_s)]
         if self._job is None:
+            time.sleep(timeout_s)
             return []
         job, self._job = self._job, None
         return [Done("inline", job, self._worker.run(job))]

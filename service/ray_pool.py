@@ -6,7 +6,6 @@ retries by itself would not look for the entry first. Actors restart by themselv
 were doing is the control loop's to decide.
 """
 
-import itertools
 import logging
 import os
 import signal
@@ -58,6 +57,10 @@ def end(process: Process) -> None:
         os.kill(process.pid, signal.SIGKILL)
 
 
+class NoCluster(ServiceError):
+    exit_code = 2
+
+
 class _Actor:
     """The process side. Loading is a call of its own, so that an error in it has a message and no restart loop."""
 
@@ -73,7 +76,10 @@ class _Actor:
         if self.worker is None:  # restarted behind our back
             self.load()
         assert self.worker is not None
-        return self.worker.run(from_json(job))
+        result = self.worker.run(from_json(job))
+        if not self.worker.is_sound():
+            os._exit(1)  # Ray starts a fresh process; the job comes back as lost and is tried again
+        return result
 
     def ping(self) -> None:
         pass
@@ -103,15 +109,28 @@ class RayPool:
     has any."""
 
     def __init__(
-        self, settings: WorkerSettings, size: int | None = None, address: str | None = None, cpus_per_worker: float = 1
+        self,
+        settings: WorkerSettings,
+        size: int | None = None,
+        address: str | None = None,
+        cpus_per_worker: int = 1,
+        most: int | None = None,
     ) -> None:
         self._settings = settings
-        self._own = connect(address)
+        self._own = connect(address, cpus=max(os.cpu_count() or 1, (size or 1) * cpus_per_worker))
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if settings.device == "cpu":
             gpus = 0
-        size = size or gpus or 1
-        options = {"num_cpus": cpus_per_worker, "num_gpus": 1 if gpus else 0, "max_restarts": -1, "max_task_retries": 0}
+        size = min(size or gpus or 1, most or 2**31)
+        if not self._fits(cpus_per_worker):
+            raise BadInput(f"no node has {cpus_per_worker} CPUs: take fewer --threads")
+        on_gpu = bool(gpus) or settings.device.startswith("cuda")
+        options = {
+            "num_cpus": cpus_per_worker,
+            "num_gpus": 1 if on_gpu else 0,
+            "max_restarts": -1,
+            "max_task_retries": 0,
+        }
         self._actor_class = ray.remote(**options)(_Actor)
         self._actors: dict[str, Any] = {}
         self._calls: dict[str, _Call] = {}
@@ -120,6 +139,10 @@ class RayPool:
         self.processes: dict[str, Process] = {}
         for number in range(size):
             self._add(f"worker-{number}")
+
+    @staticmethod
+    def _fits(cpus: float) -> bool:
+        return any(node["Resources"].get("CPU", 0) >= cpus for node in ray.nodes() if node["Alive"])
 
     @property
     def size(self) -> int:
@@ -144,8 +167,11 @@ class RayPool:
         return [*reports, *self._expire()]
 
     def shrink(self, size: int) -> None:
-        for worker in itertools.islice(self.idle(), max(0, len(self._actors) - size)):
-            self._remove(worker)
+        loading = [worker for worker, call in self._calls.items() if call.job is None]
+        # a worker that has loaded is worth more than one that has yet to
+        for worker in [*self._absent, *loading, *self.idle()][: max(0, len(self._actors) - size)]:
+            if worker in self._actors:
+                self._remove(worker)
 
     def close(self) -> None:
         for worker in list(self._actors):
@@ -172,8 +198,8 @@ class RayPool:
         except exceptions.RayTaskError as error:
             # raised by our code inside the actor, which lives
             cause = error.cause if isinstance(error.cause, Exception) else error
-            if isinstance(cause, BadInput):
-                raise cause from error
+            if isinstance(cause, BadInput) and call.job is None:
+                return self._lost(worker, call, cause)
             return self._lost(worker, call, WorkerLost(f"{worker} failed outside of a job: {cause!r}"))
         except exceptions.OutOfMemoryError as error:
             return self._lost(worker, call, OutOfMemory(f"{worker} was ended, its node ran out of memory: {error}"))
@@ -194,7 +220,8 @@ class RayPool:
     def _lost(self, worker: str, call: _Call, error: ServiceError) -> Lost:
         failures = self._load_failures.get(worker, 0) + 1 if call.job is None else 0
         self._load_failures[worker] = failures
-        returns = failures < MAX_LOAD_FAILURES
+        # what is wrong with the base on a machine stays wrong
+        returns = failures < MAX_LOAD_FAILURES and not isinstance(error, BadInput)
         if returns:
             now = time.monotonic()
             self._absent[worker] = _Absence(now, now + PING_S[0])
@@ -242,7 +269,7 @@ class RayPool:
         return reports
 
 
-def connect(address: str | None) -> bool:
+def connect(address: str | None, cpus: int) -> bool:
     """Join the cluster at `address`, or start a small Ray here. True if it is ours to end. ServiceError if the
     address does not answer."""
     if ray.is_initialized():
@@ -254,11 +281,11 @@ def connect(address: str | None) -> bool:
     if address is not None:
         try:
             ray.init(address=address, **common)
-        except (ConnectionError, exceptions.RayError, ValueError) as error:
-            raise ServiceError(f"no Ray cluster answers at {address}: {first_line(error)}") from error
+        except (OSError, RuntimeError, exceptions.RayError, ValueError) as error:
+            raise NoCluster(f"no Ray cluster answers at {address}: {first_line(error)}") from error
         return True
     # results are small values; models live in the actors
-    ray.init(address="local", include_dashboard=False, object_store_memory=100 * 2**20, **common)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=100 * 2**20, **common)
     return True
 
 

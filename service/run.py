@@ -17,16 +17,27 @@ from service.tiles import Limits, backoff_s, choose, cut, gives_up
 from service.worker import JobResult
 
 POLL_S = 0.5
+ELSEWHERE_S = 60.0  # how long a failed job waits for another worker than the one it failed on
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A job that failed on `worker`: not before `due`, and until `elsewhere_until` only on another worker."""
+
+    job: Job
+    worker: str
+    due: float
+    elsewhere_until: float
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where every job of a run stands. `waiting`: (not before, job) of those that failed and will be tried again."""
+    """Where every job of a run stands. `waiting` are those that failed and will be tried again."""
 
     tiles: dict[int, list[Job]]
     owners: dict[str, int] = field(default_factory=dict)  # worker → tile
     held: dict[str, set[str]] = field(default_factory=dict)  # worker → LoRAs in its cache
-    waiting: list[tuple[float, Job]] = field(default_factory=list)
+    waiting: list["Retry"] = field(default_factory=list)
     running: dict[str, Job] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     committed: list[Job] = field(default_factory=list)
@@ -49,15 +60,17 @@ def run(
     """Do `jobs`; every one ends committed, or given up with a reason that is recorded in the catalog.
 
     KeyboardInterrupt ends the run at once: what is committed stays, the rest is as if it had not been started.
-    Raises WorkerLost when no worker is left, ServiceError when the base does not load anywhere.
+    Raises what ended the last worker when none is left: BadInput if the base loads nowhere.
     """
     loop = _Loop(jobs, pool, catalog, limits or Limits(), tuple(observers))
     started = time.monotonic()
     loop.tell(events.RunStarted(run_id, catalog.store.url, len(jobs) + already, already, pool.size))
-    interrupted = True
+    interrupted = False
     try:
         loop.drive()
-        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
         progress = loop.progress
         loop.tell(
@@ -79,6 +92,7 @@ class _Loop:
         self.pool, self.catalog, self.limits, self.observers = pool, catalog, limits, observers
         self.progress = Progress({i: list(tile) for i, tile in enumerate(cut(jobs, pool.size))})
         self.random = random.Random(0)  # jitter only
+        self.last_loss: ServiceError | None = None
         self.clock: Callable[[], float] = time.monotonic
 
     def tell(self, event: Event) -> None:
@@ -88,7 +102,7 @@ class _Loop:
     def drive(self) -> None:
         while self.progress.left():
             if self.pool.size == 0:
-                raise WorkerLost("no worker is left: see the reasons above, then run the same command again to go on")
+                raise self.last_loss or WorkerLost("no worker could be started")
             for worker in self.pool.idle():
                 self._feed(worker)
             for report in self.pool.wait(POLL_S):
@@ -108,10 +122,10 @@ class _Loop:
 
     def _next(self, worker: str) -> Job | None:
         progress, now = self.progress, self.clock()
-        due = next((item for item in progress.waiting if item[0] <= now), None)
-        if due is not None:
-            progress.waiting.remove(due)
-            return due[1]
+        for retry in progress.waiting:
+            if retry.due <= now and (retry.worker != worker or retry.elsewhere_until <= now or self.pool.size == 1):
+                progress.waiting.remove(retry)
+                return retry.job
         tile = progress.owners.get(worker)
         if tile is None or not progress.tiles[tile]:
             taken = frozenset(number for owner, number in progress.owners.items() if owner != worker)
@@ -131,6 +145,7 @@ class _Loop:
             self.progress.held.pop(report.worker, None)
             self.progress.owners.pop(report.worker, None)
             self.tell(events.WorkerGone(report.worker, str(report.error), report.returns))
+            self.last_loss = report.error
             if report.job is not None:
                 self.progress.running.pop(report.worker)
                 # it may have died after the commit
@@ -169,7 +184,8 @@ class _Loop:
         if final:
             self._give_up(job, kind, reason, attempts, result.traceback or "")
         else:
-            self.progress.waiting.append((self.clock() + backoff_s(attempts, self.random.random()), job))
+            due = self.clock() + backoff_s(attempts, self.random.random())
+            self.progress.waiting.append(Retry(job, worker, due, due + ELSEWHERE_S))
 
     def _give_up(self, job: Job, kind: str, reason: str, attempts: int, traceback: str) -> None:
         self.progress.given_up.append((job, reason))

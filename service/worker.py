@@ -5,32 +5,35 @@ did before: every random number comes from the job's own seeds, and the slots ho
 """
 
 import json
+import os
 import resource
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from pydantic import TypeAdapter
 
+from service.base_files import read_base
 from service.catalog import Catalog
-from service.errors import AlreadyCommitted, BadInput, Corrupted, NotFound, OutOfMemory, ServiceError
+from service.errors import AlreadyCommitted, BadInput, Corrupted, ManifestError, NotFound, OutOfMemory, ServiceError
 from service.inputs import LocalCache, user_cache
-from service.jobs import Concept, Job, Role, identity, render
+from service.jobs import ALGORITHM, Concept, Job, Role, identity, render
 from service.scoring import Judges, alignments_of, scored
 from service.storage import open_store
 from ziplora import formats
 from ziplora.base import Base, load_base
 from ziplora.calibrate import Calibration, calibrate
 from ziplora.errors import LoRAError
-from ziplora.lora import LoRA, n_bytes, scaled
+from ziplora.lora import LoRA, n_bytes, restyled, scaled
 from ziplora.merged import Merged, Pair
 from ziplora.methods import METHODS, CalibrationSettings
 from ziplora.sample import sample_images
@@ -48,6 +51,7 @@ class WorkerSettings:
     catalog: str
     base: str
     base_revision: str | None
+    base_digest: str | None = None  # what the jobs were planned with; None: whatever is there
     device: str = "auto"
     dtype: str = "auto"
     threads: int = 1
@@ -78,31 +82,51 @@ class Worker:
         self.settings = settings
         torch.set_num_threads(settings.threads)
         self.device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.startswith("cuda"):
+            repeatable()
+            if not torch.cuda.is_available():
+                raise BadInput(f"device {self.device}: this machine has no GPU that torch can use: take --device cpu")
         started = time.monotonic()
-        try:
-            self.base: Base = load_base(
-                settings.base,
-                device=self.device,
-                dtype=_dtype(settings.dtype, self.device),
-                revision=settings.base_revision,
-            )
-        except (OSError, ValueError) as error:
-            raise BadInput(f"base {settings.base} does not load: {error}") from error
+        self.base: Base = self._load_base()
         self.load_s = time.monotonic() - started
         self.catalog = Catalog(open_store(settings.catalog))
         self.judges = Judges(self.device)
         self.files = LocalCache(Path(settings.cache_dir) if settings.cache_dir else user_cache(), settings.cache_bytes)
         self.loras: Cache[LoRA] = Cache(settings.memory_cache_bytes, n_bytes)
+        # beside the model in the GPU's memory, unlike the LoRAs
         self.calibrations: Cache[Calibration] = Cache(
-            settings.memory_cache_bytes, lambda calibration: calibration.n_bytes
+            settings.memory_cache_bytes // 4, lambda calibration: calibration.n_bytes
         )
+
+    def _load_base(self) -> Base:
+        settings = self.settings
+        try:
+            files = read_base(settings.base, settings.base_revision)
+            if settings.base_digest not in (None, files.digest):
+                raise BadInput(
+                    f"base {settings.base} on this machine has digest {files.digest[:12]}, the run was planned with"
+                    f" {str(settings.base_digest)[:12]}: put the same files on every machine"
+                )
+            dtype = _dtype(settings.dtype, self.device)
+            return load_base(files.directory, device=self.device, dtype=dtype, variant=files.variant)
+        except (ManifestError, OSError, ValueError) as error:
+            raise BadInput(f"base {settings.base} does not load: {error}") from error
+
+    def is_sound(self) -> bool:
+        """False after an error that a GPU does not recover from within a process: every later job would fail too."""
+        try:
+            if self.device.startswith("cuda"):
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
 
     def run(self, job: Job) -> JobResult:
         """Merge, sample, commit. Every failure that belongs to the job comes back as a value."""
         stages: dict[str, float] = {}
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         try:
+            if self.device.startswith("cuda"):
+                torch.cuda.reset_peak_memory_stats()
             if self._is_committed(job):
                 return JobResult(job.job_id, "already")
             with translated(job):
@@ -150,7 +174,7 @@ class Worker:
         with timed(stages, "merge"):
             merged = method.load()(self.base, [Pair(subject, style, *calibrations)], knobs)[0]
         with timed(stages, "write"):
-            files = written(job, merged)
+            files = written(job, merged, self._circumstances(calibrations))
         with timed(stages, "sample"):
             pictures = self._samples(job, files["merged.safetensors"], merged)
             files |= pictures
@@ -165,10 +189,20 @@ class Worker:
                 report["scores"] = scored(job, report["samples"], files, references, self.judges)
         return files, report
 
+    def _circumstances(self, calibrations: Sequence[Calibration | None]) -> dict[str, str]:
+        """What the job does not say and the file's header shall."""
+        sources = {calibration.source for calibration in calibrations if calibration is not None}
+        return {
+            "ziplora.version": version("ziplora"),
+            "ziplora.algorithm": str(ALGORITHM),
+            "ziplora.dtype": str(self.base.dtype).removeprefix("torch."),
+            "ziplora.calibrated_on": ", ".join(sorted(sources)) or "nothing",
+        }
+
     def _lora(self, concept: Concept) -> LoRA:
         def load() -> LoRA:
-            path = self.files.fetch(concept.lora, concept.lora_sha256)
-            return formats.read_lora(path, name=concept.lora).lora
+            with self.files.hold(concept.lora, concept.lora_sha256) as path:
+                return formats.read_lora(path, name=concept.lora).lora
 
         lora = self.loras.get(concept.lora_sha256, load)
         return lora if concept.weight == 1.0 else scaled(lora, concept.weight)
@@ -184,10 +218,9 @@ class Worker:
     def _images(self, concept: Concept) -> list[Image.Image]:
         pictures = []
         for image in concept.images:
-            path = self.files.fetch(image.location, image.sha256)
             try:
-                with Image.open(path) as picture:
-                    pictures.append(picture.convert("RGB"))
+                with self.files.hold(image.location, image.sha256) as path, Image.open(path) as picture:
+                    pictures.append(ImageOps.exif_transpose(picture).convert("RGB"))
             except (UnidentifiedImageError, OSError) as error:
                 raise BadInput(
                     f"{image.location} ({concept.role} {concept.id}) is no readable image: {error}"
@@ -195,35 +228,30 @@ class Worker:
         return pictures
 
     def _samples(self, job: Job, merged_file: bytes, merged: Merged) -> dict[str, bytes]:
-        """Pictures of the file that is published, its rounding included; prompts × style strengths × seeds, in that
-        order."""
+        """Pictures of the file that is published, its rounding included, by object name."""
         settings, files = job.samples, {}
         if settings.n_images == 0:
             return {}
         published = formats.read_lora(merged_file, name="merged.safetensors").lora
-        number = 0
-        for prompt in settings.prompts:
-            text = render(prompt.template, job.subject, job.style)
-            for strength in settings.style_strengths:
-                lora = published if strength == 1.0 else merged.lora(strength)
-                with self.base.slots.loaded([[lora]]):
-                    images = sample_images(
-                        self.base,
-                        [text] * len(settings.seeds),
-                        settings.seeds,
-                        steps=settings.steps,
-                        guidance=settings.guidance,
-                        width=settings.width,
-                        height=settings.height,
-                        negative=settings.negative,
-                        scheduler=settings.scheduler,
-                    )
-                for seed, image in zip(settings.seeds, images, strict=True):
-                    files[f"samples/{number:03}.png"] = png(
-                        image, {"prompt": text, "seed": seed, "style_strength": strength, "job": job.job_id}
-                    )
-                    number += 1
-        return files
+        for strength in settings.style_strengths:
+            lora = published if strength == 1.0 else restyled(published, merged.subject_rank, strength)
+            samples = [sample for sample in sample_list(job) if sample["style_strength"] == strength]
+            with self.base.slots.loaded([[lora]]):
+                images = sample_images(
+                    self.base,
+                    [sample["prompt"] for sample in samples],
+                    [sample["seed"] for sample in samples],
+                    steps=settings.steps,
+                    guidance=settings.guidance,
+                    width=settings.width,
+                    height=settings.height,
+                    negative=settings.negative,
+                    scheduler=settings.scheduler,
+                )
+            for sample, image in zip(samples, images, strict=True):
+                text = {key: sample[key] for key in ("prompt", "seed", "style_strength")} | {"job": job.job_id}
+                files[sample["object"]] = png(image, text)
+        return dict(sorted(files.items()))
 
     def _report(self, job: Job, merged: Merged, calibrations: list[Any], loras: tuple[LoRA, LoRA]) -> dict[str, Any]:
         report: dict[str, Any] = {
@@ -274,12 +302,12 @@ class Cache(Generic[T]):
         return value
 
 
-def written(job: Job, merged: Merged) -> dict[str, bytes]:
+def written(job: Job, merged: Merged, circumstances: Mapping[str, str]) -> dict[str, bytes]:
     """The files of a merge: the LoRA for every tool, its sidecar, the mergers, and the PEFT twin if the manifest
     asks for one."""
     title = f"{job.subject.id} × {job.style.id} ({job.method})"
     trigger = f"{job.subject.trigger}, {job.style.trigger}"
-    metadata = merge_metadata(job, merged)
+    metadata = {**merge_metadata(job, merged), **circumstances}
     files = {
         "merged.safetensors": formats.write_kohya(
             merged.lora(), metadata=metadata, architecture=job.base.architecture, title=title, trigger=trigger
@@ -370,13 +398,21 @@ def timed(stages: dict[str, float], name: str) -> Iterator[None]:
     try:
         yield
     finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # or the GPU's work would be billed to a later stage
         stages[name] = stages.get(name, 0.0) + time.monotonic() - started
+
+
+def repeatable() -> None:
+    """A seed decides the result on a GPU too: attention's backward pass and cuBLAS otherwise sum in any order."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _dtype(name: str, device: str) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+        return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise BadInput(f"dtype {name} is unknown; one of float32, bfloat16, float16")
+        raise BadInput(f"dtype {name} is unknown; one of float32, bfloat16")
     return dtype

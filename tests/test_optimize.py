@@ -212,6 +212,31 @@ def test_a_layer_that_one_lora_lacks_has_rank_0_there(base: Base) -> None:
     assert merged.lora().layers.keys() == set(base.slots.targets)
 
 
+def test_a_layer_that_one_lora_lacks_is_not_pushed_towards_zero(base: Base) -> None:
+    """Where nothing conflicts, the penalty has nothing to say: |m_c·m_s| counts only layers that both LoRAs have."""
+    full = make_pair(base)
+    self_attention = LoRA({path: layer for path, layer in full.subject.layers.items() if ".attn1." in path})
+    cross_attention = LoRA({path: layer for path, layer in full.style.layers.items() if ".attn2." in path})
+    pair = dataclasses.replace(full, subject=self_attention, style=cross_attention)
+    without, with_penalty = (
+        ziplora(base, [pair], ZipLoRAKnobs(steps=3, penalty="columns", penalty_weight=weight))[0]
+        for weight in (0.0, 10.0)
+    )
+    assert without.mergers is not None
+    assert with_penalty.mergers is not None
+    assert without.mergers.subject.keys() == self_attention.layers.keys()
+    for path, merger in without.mergers.subject.items():
+        assert torch.equal(merger, with_penalty.mergers.subject[path])
+
+
+def test_half_precision_is_refused_because_gradients_underflow() -> None:
+    base = resident(tiny_sdxl(torch.float32))
+    pair = make_pair(base)
+    base.unet.to(torch.float16)
+    with pytest.raises(ValueError, match="use bfloat16 or float32"):
+        ziplora(base, [pair], ZipLoRAKnobs(steps=1))
+
+
 def test_carried_modules_are_part_of_teacher_and_student(base: Base) -> None:
     """With one LoRA all zero, direct merge and teacher are the same model: the loss starts at zero only if carried
     parts act in both."""
@@ -231,7 +256,7 @@ def test_carried_modules_are_part_of_teacher_and_student(base: Base) -> None:
 def test_divergence_is_an_error(base: Base) -> None:
     pair = make_pair(base)
     broken = dataclasses.replace(pair, subject=random_lora(base.slots, scale=float("inf")))
-    with pytest.raises(ArithmeticError, match=r"not finite at step 1: lower the learning rate"):
+    with pytest.raises(ArithmeticError, match=r"not finite at step 1, before any update: is a LoRA broken"):
         ziplora(base, [broken], ZipLoRAKnobs(steps=2))
     assert not any(slot.active for slot in base.slots.layers.values())
 

@@ -1,5 +1,6 @@
 """The control loop over both pools: one contract, real workers, real processes that are really killed."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ import pytest
 
 from service import events
 from service.catalog import Catalog
+from service.errors import BadInput
 from service.jobs import Job
 from service.metrics import Metrics
 from service.pool import InlinePool, Pool
@@ -134,6 +136,17 @@ def test_a_base_that_does_not_load_ends_the_run_with_its_reason(grid: Grid) -> N
     jobs = jobs_of(grid.manifest())
     (grid.root / "base/unet/config.json").write_text("{")
     for pool in (InlinePool(settings(grid)), RayPool(settings(grid), size=1)):
-        with pytest.raises(Exception, match=r"base .* does not load"):
-            drive(grid, pool, jobs, Seen())  # type: ignore[arg-type]
-        pool.close()
+        try:
+            with pytest.raises(BadInput, match=r"base .* does not load"):
+                drive(grid, pool, jobs, Seen())  # type: ignore[arg-type]
+        finally:
+            pool.close()
+
+
+def test_a_base_that_changed_after_the_plan_is_refused(grid: Grid) -> None:
+    jobs = jobs_of(grid.manifest())
+    planned_with = dataclasses.replace(settings(grid), base_digest=jobs[0].base.digest)
+    config = grid.root / "base/scheduler/scheduler_config.json"
+    config.write_text(config.read_text().replace("0.00085", "0.00086"))
+    with pytest.raises(BadInput, match=r"has digest .*, the run was planned with .*: put the same files"):
+        drive(grid, InlinePool(planned_with), jobs, Seen())

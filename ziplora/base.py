@@ -117,19 +117,15 @@ class Base:
 
 
 def load_base(
-    location: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, revision: str | None = None
+    directory: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, variant: str | None = None
 ) -> Base:
-    """A diffusers directory or hub id of an SDXL or SD 1.5 pipeline; safetensors weights only.
+    """A diffusers directory of an SDXL or SD 1.5 pipeline; safetensors weights only. `variant` as in file names:
+    "fp16".
 
     Raises OSError when it is not there, ValueError for another kind of pipeline.
     """
     pipeline = DiffusionPipeline.from_pretrained(
-        str(location),
-        dtype=dtype,
-        revision=revision,
-        use_safetensors=True,
-        variant=_variant(location),
-        **_extras(location),
+        str(directory), dtype=dtype, use_safetensors=True, variant=variant, local_files_only=True, **_extras(directory)
     )
     return resident(pipeline.to(device))
 
@@ -152,20 +148,10 @@ def resident(pipeline: DiffusionPipeline) -> Base:
     return Base(pipeline, architecture, Slots(components), alphas)
 
 
-def _variant(location: str | Path) -> str | None:
-    """Hub directories may hold only `….fp16.safetensors`; diffusers finds those when told so."""
-    unet = Path(location) / "unet"
-    if unet.is_dir() and not any(unet.glob("diffusion_pytorch_model*.safetensors.index.json")):
-        names = [path.name for path in unet.glob("diffusion_pytorch_model*.safetensors")]
-        if names and all(".fp16." in name for name in names):
-            return "fp16"
-    return None
-
-
-def _extras(location: str | Path) -> dict[str, Any]:
+def _extras(directory: str | Path) -> dict[str, Any]:
     """Arguments that only one of the pipelines takes: no safety checker for SD 1.5, no watermark for SDXL (it would
     alter every sample)."""
-    name = DiffusionPipeline.load_config(str(location)).get("_class_name")
+    name = DiffusionPipeline.load_config(str(directory)).get("_class_name")
     if name == "StableDiffusionXLPipeline":
         return {"add_watermarker": False}
     return {"safety_checker": None, "requires_safety_checker": False}

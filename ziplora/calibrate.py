@@ -43,8 +43,8 @@ class Calibration:
 
     @property
     def n_bytes(self) -> int:
-        tensors = (self.noisy, self.timesteps, self.target, self.conditioning.embeds)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = (self.noisy, self.timesteps, self.target, self.conditioning.embeds, self.conditioning.pooled)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def calibrate(

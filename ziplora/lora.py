@@ -178,6 +178,17 @@ def stacked(parts: Sequence[LoRA]) -> LoRA:
     )
 
 
+def restyled(merged: LoRA, subject_rank: int, style_strength: float) -> LoRA:
+    """A `stacked` merge with its style half, the rows from `subject_rank` on, times `style_strength`."""
+
+    def scale(layer: Layer) -> Layer:
+        strengths = torch.ones_like(layer.up[0])  # [rank, …]
+        strengths[subject_rank:] = style_strength
+        return Layer(layer.down, layer.up * strengths)
+
+    return LoRA({path: scale(layer) for path, layer in merged.layers.items()})
+
+
 def zipped(subject: LoRA, style: LoRA, mergers: Mergers) -> tuple[LoRA, LoRA]:
     """ΔW_c·diag(m_c) and ΔW_s·diag(m_s), the two summands of Eq. 2 (arXiv 2311.13600v2), as LoRAs of their own."""
     return _times_columns(subject, mergers.subject), _times_columns(style, mergers.style)

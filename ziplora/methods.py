@@ -37,7 +37,7 @@ class DirectKnobs:
 @dataclass(frozen=True, slots=True)
 class ZipLoRAKnobs:
     """Settings of ZipLoRA's optimisation. The paper states the first three; the rest are choices it leaves open,
-    made here by name.
+    made here by name. Adam, with β 0.9 and 0.999, is one that has no name: no other optimiser was tried.
 
     penalty: what multiplies λ. `literal` is Eq. 3 as printed, Σ_layers |m_c·m_s|, which at SDXL's size starts at
     785,920 and drives every merger to zero; `columns` divides each layer's dot product by its number of columns
@@ -68,8 +68,8 @@ class ZipLoRAKnobs:
                 raise ValueError(f"{name} is {value}; at least {low}")
         if not 0 < self.learning_rate <= 1:
             raise ValueError(f"learning_rate is {self.learning_rate}; above 0, at most 1 (the paper's is 0.01)")
-        if self.penalty_weight < 0 or self.similarity_floor < 0:
-            raise ValueError("penalty_weight and similarity_floor are at least 0")
+        if not 0 <= self.penalty_weight < float("inf") or not 0 <= self.similarity_floor <= 1:
+            raise ValueError("penalty_weight is at least 0 and finite, similarity_floor from 0 to 1")
 
     def calibration(self, seed: int) -> CalibrationSettings:
         draws = self.draws if self.draws is not None else self.steps * self.batch

@@ -21,6 +21,10 @@ from ziplora.lora import LoRA, Mergers, zipped
 from ziplora.merged import Merged, Pair
 from ziplora.methods import ZipLoRAKnobs
 
+# Default 1e-8 is not small here: the penalty's gradient, λ·m/(in·layers), is 1.4e-8 at SDXL's size, and eps would halve
+# its updates there while leaving those of a miniature alone.
+ADAM_EPSILON = 1e-15
+
 
 def similarity_penalty(m_subject: Tensor, m_style: Tensor) -> Tensor:
     """|m_subject · m_style|, one layer's term of Eq. 3; [..., in] → [...]. A dot product: the cosine has no
@@ -77,14 +81,16 @@ class Optimization:
         calibrations = [(pair.subject_calibration, pair.style_calibration) for pair in self.pairs]
         base.slots.load([[pair.subject, pair.style] for pair in self.pairs])
         try:
+            if base.dtype == torch.float16:
+                raise ValueError("gradients underflow in float16, so nothing would be learned: use bfloat16 or float32")
             conditioning = student_conditioning(base, self.pairs)
             mergers = base.slots.attach_mergers()
             if not mergers:
                 raise ValueError(
                     "neither LoRA touches an attention layer of the UNet: nothing to merge, use the direct method"
                 )
-            optimizer = torch.optim.Adam(mergers.values(), lr=knobs.learning_rate)
-            start = penalty_sum(mergers, "literal").detach()
+            optimizer = torch.optim.Adam(mergers.values(), lr=knobs.learning_rate, eps=ADAM_EPSILON)
+            start = penalty_sum(mergers, "literal").detach().clamp_min(1.0)  # 0 where no layer has both LoRAs
             frozen: list[Mergers | None] = [None] * len(self.pairs)
             for number in range(1, knobs.steps + 1):
                 noisy, timesteps, target = batch(calibrations, number - 1, knobs.batch)
@@ -109,9 +115,10 @@ class Optimization:
     def _record(self, number: int, losses: Tensor, similarity: Tensor) -> Step:
         step = Step(number, losses[:, 0].cpu(), losses[:, 1].cpu(), similarity.cpu())
         if not torch.isfinite(losses).all():
-            raise ArithmeticError(
-                f"the loss is not finite at step {number}: lower the learning rate ({self.knobs.learning_rate})"
-            )
+            what = f"the loss is not finite at step {number}"
+            if number == 1:  # the mergers are still 1: it is the direct merge that overflows
+                raise ArithmeticError(f"{what}, before any update: is a LoRA broken, or its weight far too large?")
+            raise ArithmeticError(f"{what}: lower the learning rate ({self.knobs.learning_rate})")
         self.history.append(step)
         return step
 

@@ -73,7 +73,7 @@ def _run(
     try:
         return pipeline(
             prompt=prompt,
-            negative_prompt=negative,
+            negative_prompt=negative or None,  # none at all is zeros for SDXL; an empty text is something else
             num_inference_steps=steps,
             guidance_scale=guidance,
             width=width,

@@ -6,8 +6,8 @@ With mergers m it computes
     y = W₀x + [B_c B_s] ([A_c∘m_c; A_s∘m_s] x)
 
 which is Eq. 2 of ZipLoRA (arXiv 2311.13600v2): column scaling commutes with B, so ΔW·diag(m)·x = B·(A·diag(m))·x.
-Folding m into the small A costs rank × in multiplications instead of tokens × in, and leaves only the rank-sized
-product to be kept for the backward pass.
+Folding m into the
+small A costs rank × in multiplications instead of tokens × in, and no scaled copy of x is kept for the backward pass.
 
 Slots are subclasses of the layers they stand in for and share their parameters, so state dicts, dtype look-ups and
 pipelines see the base model unchanged.
@@ -41,11 +41,11 @@ class Slot:
         module.register_buffer("down", None, persistent=False)  # not persistent: a state dict is the base model's
         module.register_buffer("up", None, persistent=False)
         self.storage: dict[str, Tensor] = {}
-        self.mergers, self.active = None, False
+        self.__dict__["mergers"], self.active = None, False
 
     def close(self) -> None:
         """The base layer alone; the memory is kept for the next load."""
-        self.mergers, self.active = None, False
+        self.__dict__["mergers"], self.active = None, False
 
     def free(self) -> None:
         self.close()
@@ -194,13 +194,17 @@ class Slots:
     def attach_mergers(self, initial: float = 1.0) -> dict[str, nn.Parameter]:
         """Trainable fp32 mergers [merges, parts, in] on every loaded target; fp32 because 1 − 5e-5 is 1 in bf16."""
         parameters = {}
-        for path, in_features in self.targets.items():
+        for path in self.targets:
             slot = self.layers[path]
             if slot.active and slot.down is not None:
-                shape = (*slot.down.shape[:2], in_features)
                 dtype = torch.float64 if slot.weight.dtype == torch.float64 else torch.float32
-                parameters[path] = nn.Parameter(torch.full(shape, initial, dtype=dtype, device=slot.weight.device))
-                slot.mergers = parameters[path]
+                # a part that the layer lacks (rank 0) is nobody's rival: its mergers are 0, where |m_c·m_s| is flat
+                present = slot.down.flatten(2).any(-1, keepdim=True)  # [merges, parts, 1]
+                values = present.to(dtype).mul(initial).repeat(1, 1, slot.weight.shape[1])
+                parameters[path] = nn.Parameter(values)
+                slot.__dict__["mergers"] = parameters[
+                    path
+                ]  # not a parameter of the model: its state dict is the base's
         return parameters
 
     def _check(self, lora: LoRA) -> None:
