@@ -1,4 +1,5 @@
-"""`ziplora …`: options, wiring, what is printed, exit codes. Nothing below this prints or reads the command line.
+"""`ziplora …`: options, wiring, what is printed, exit codes. Nothing but this and cli_train.py prints or reads the
+command line.
 
 Exit codes: 0 all is done; 1 some jobs were given up, or an object is not as promised; 2 the user's input is wrong;
 130 interrupted.
@@ -10,28 +11,32 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from service import events
 from service.catalog import Catalog
+from service.cli_train import train
+from service.console import (
+    ERR,
+    OUT,
+    complain,
+    counted,
+    left_out,
+    progress_bar,
+    size_text,
+    the_same_command,
+    tracked,
+)
 from service.entry import alignments
-from service.errors import NotFound, ServiceError
-from service.steps import Steps
+from service.errors import NotFound, ServiceError, StorageError
 from ziplora.errors import LoRAError
 
-T = TypeVar("T")
-OUT = Console(highlight=False)
-ERR = Console(stderr=True, highlight=False)
 CATALOG_HELP = "CATALOG is a directory or s3://bucket/prefix."
 
 
@@ -62,17 +67,14 @@ def main() -> NoReturn:
         if debug:
             traceback.print_exc()
         for line in str(error).splitlines():
-            ERR.print(f"[red]error:[/] {escape(line)}", soft_wrap=True)
+            complain(line)
         sys.exit(error.exit_code if isinstance(error, ServiceError) else 2)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
         if debug:
             raise
-        ERR.print(
-            f"[red]error:[/] {escape(f'{type(error).__name__}: {error}')} (a defect: --debug shows where)",
-            soft_wrap=True,
-        )
+        complain(f"{type(error).__name__}: {error} (a defect: --debug shows where)")
         sys.exit(1)
 
 
@@ -99,10 +101,11 @@ def make_plan(manifest: str, output: str | None, download: bool) -> tuple[Any, A
 
     from service.manifest import read_manifest
     from service.plan import plan as make
+    from service.storage import open_store
 
     read = read_manifest(manifest)
     if output is not None:
-        read = dataclasses.replace(read, output=output if output.startswith("s3://") else str(Path(output).absolute()))
+        read = dataclasses.replace(read, output=open_store(output).url)
     return make(read, download=download, watch=lambda steps: tracked(steps, "checking LoRAs")), read
 
 
@@ -110,7 +113,7 @@ def print_plan(planned: Any) -> None:
     from service.plan_text import summary_lines
 
     for line in summary_lines(planned):
-        OUT.print(line, markup=False, soft_wrap=True)
+        OUT.print(line, soft_wrap=True)
 
 
 @cli.command()
@@ -126,7 +129,7 @@ def inspect(file: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(seen), indent=2, default=str))
     else:
-        table = Table(show_header=False, box=None, title=escape(seen.name), title_justify="left")
+        table = Table(show_header=False, box=None, title=seen.name, title_justify="left")
         of = f" of the base's {seen.n_targets_of_base}" if seen.n_targets_of_base else ""
         rows = {
             "layout": seen.layout,
@@ -144,7 +147,7 @@ def inspect(file: Path, as_json: bool) -> None:
         }
         for name, value in rows.items():
             if value:
-                table.add_row(name, escape(str(value)))
+                table.add_row(name, str(value))
         OUT.print(table)
     if seen.refusals:
         raise LoRAError(f"{seen.name} cannot be merged: {seen.refusals[0]}")
@@ -172,6 +175,9 @@ def schema() -> None:
     click.echo(json.dumps(manifest_schema(), indent=2))
 
 
+cli.add_command(train)
+
+
 # The run
 
 
@@ -183,10 +189,8 @@ def schema() -> None:
 )
 @click.option("--inline", is_flag=True, help="One worker in this process, without Ray; for debugging.")
 @click.option("--workers", type=click.IntRange(min=1), help="Workers; default: one per GPU, or one.")
-@click.option("--device", default="auto", help="cuda, cpu or auto.", show_default=True)
-@click.option(
-    "--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), show_default=True
-)
+@click.option("--device", default="auto", type=click.Choice(["auto", "cuda", "cpu"]), show_default=True)
+@click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]), show_default=True)
 @click.option(
     "--threads",
     default=1,
@@ -216,17 +220,17 @@ def run(manifest: str, output: str | None, download: bool, **options: Any) -> in
 
     Running the same command again goes on where the last run stopped, and takes up again what was given up.
     """
-    planned, _ = make_plan(manifest, output, download)
+    planned, read = make_plan(manifest, output, download)
     print_plan(planned)
     planned.check()
     if not planned.left:
         OUT.print(f"nothing to do: all {len(planned.jobs)} jobs are committed in {planned.output}", soft_wrap=True)
         return 0
-    return execute(manifest, planned, **options)
+    return execute(read, planned, **options)
 
 
 def execute(
-    manifest: str,
+    manifest: Any,
     planned: Any,
     *,
     address: str | None,
@@ -239,7 +243,6 @@ def execute(
     attempts: int,
     deadline: float,
 ) -> int:
-    from service.errors import StorageError
     from service.metrics import Metrics
     from service.run import run as drive
     from service.tiles import Limits
@@ -255,17 +258,19 @@ def execute(
         catalog=planned.output,
         base=planned.base.location,
         base_revision=planned.base.revision,
+        base_digest=planned.base.digest,
         device=device,
         dtype=dtype,
         threads=threads,
     )
     run_id = new_run_id(planned.manifest_digest)
-    signal.signal(signal.SIGTERM, _as_interrupt)
     interrupted, problem = False, None
     summary = Summary()
+    pool = None
     with RunProgress(len(planned.jobs), len(planned.committed)) as progress:
-        pool = make_pool(settings, inline, workers, address, planned)
         try:
+            pool = make_pool(settings, inline, workers, address, len(planned.left))
+            signal.signal(signal.SIGTERM, _as_interrupt)  # after Ray's start, which sets a handler of its own
             drive(
                 planned.left,
                 pool,
@@ -280,35 +285,33 @@ def execute(
         except ServiceError as error:
             problem = error
         finally:
-            pool.close()
+            if pool is not None:
+                pool.close()
     if server is not None:
         server.shutdown()
-    try:
+    unfinished = interrupted or problem is not None
+    summary.committed_now = len(catalog.committed() & {job.job_id for job in planned.left}) if unfinished else None
+    leave_record(catalog, run_id, manifest, metrics, summary)
+    if not unfinished:  # an unfinished run shall end at once; the next one brings the index up to date
         index = catalog.build_index()
-        leave_record(catalog, run_id, manifest, metrics, summary)
         OUT.print(f"catalog: {planned.output} ({index.entries} merges, digest {index.digest[:16]})", soft_wrap=True)
-    except StorageError as error:
-        ERR.print(
-            f"[red]error:[/] the index was not written: {escape(str(error))}; `ziplora index` makes it again",
-            soft_wrap=True,
-        )
-    summary.show(len(planned.committed), manifest)
+    summary.show(len(planned.committed))
     if problem is not None:
         raise problem
     if interrupted:
-        OUT.print(f"interrupted; what is committed stays. To go on: ziplora run {manifest}", soft_wrap=True)
+        OUT.print(f"interrupted; what is committed stays. To go on: {the_same_command()}", soft_wrap=True)
         return 130
     return 1 if summary.given_up else 0
 
 
-def make_pool(settings: Any, inline: bool, workers: int | None, address: str | None, planned: Any) -> Any:
+def make_pool(settings: Any, inline: bool, workers: int | None, address: str | None, jobs: int) -> Any:
     from service.pool import InlinePool
 
     if inline:
         return InlinePool(settings)
     from service.ray_pool import RayPool
 
-    return RayPool(settings, workers and min(workers, len(planned.left)), address, cpus_per_worker=settings.threads)
+    return RayPool(settings, workers, address, cpus_per_worker=settings.threads, most=jobs)
 
 
 def new_run_id(manifest_digest: str) -> str:
@@ -317,17 +320,19 @@ def new_run_id(manifest_digest: str) -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{manifest_digest[:8]}"
 
 
-def leave_record(catalog: Catalog, run_id: str, manifest: str, metrics: Any, summary: "Summary") -> None:
-    """What a run leaves about itself: its manifest, its last metrics (a short run is over before it is scraped),
-    its outcome."""
-    from service.inputs import open_input
-
-    given = open_input(manifest)
-    catalog.store.put(f"runs/{run_id}/manifest.yaml", given.read(0, given.size), content_type="application/yaml")
-    catalog.store.put(f"runs/{run_id}/metrics.prom", metrics.text(), content_type="text/plain; version=0.0.4")
-    catalog.store.put(
-        f"runs/{run_id}/summary.json", json.dumps(summary.to_json(), indent=2).encode(), content_type="application/json"
-    )
+def leave_record(catalog: Catalog, run_id: str, manifest: Any, metrics: Any, summary: "Summary") -> None:
+    """What a run leaves about itself: its manifest, its last metrics (a short run is over before it is scraped), its
+    outcome. A store that does not take it any more is no reason to hide the outcome."""
+    records = {
+        "manifest.yaml": manifest.source,
+        "metrics.prom": metrics.text(),
+        "summary.json": json.dumps(summary.to_json(), indent=2).encode(),
+    }
+    try:
+        for name, content in records.items():
+            catalog.store.put(f"runs/{run_id}/{name}", content)
+    except StorageError as error:
+        complain(f"the record of this run was not written: {error}", "warning")
 
 
 def _as_interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -341,6 +346,7 @@ class Summary:
         self.committed: list[events.JobCommitted] = []
         self.given_up: list[events.JobGivenUp] = []
         self.finished: events.RunFinished | None = None
+        self.committed_now: int | None = None  # by the catalog: workers may commit after the last event was seen
 
     def observe(self, event: events.Event) -> None:
         if isinstance(event, events.JobCommitted):
@@ -350,23 +356,23 @@ class Summary:
         elif isinstance(event, events.RunFinished):
             self.finished = event
 
-    def show(self, before: int, manifest: str) -> None:
+    def show(self, before: int) -> None:
         finished = self.finished
-        left = f", {finished.left} left" if finished and finished.left else ""
+        n = len(self.committed) if self.committed_now is None else self.committed_now
+        left = finished.left + len(self.committed) - n if finished else 0
         seconds = finished.seconds if finished else 0.0
         n_bytes = sum(event.n_bytes for event in self.committed)
         OUT.print(
-            f"committed {len(self.committed)} ({size_text(n_bytes)}), before this run {before},"
-            f" given up {len(self.given_up)}{left}; {seconds:.0f} s"
+            f"committed {n} ({size_text(n_bytes)}), before this run {before}, given up {len(self.given_up)}"
+            + (f", {left} left" if left else "")
+            + f"; {seconds:.0f} s"
         )
         for event in self.given_up[:20]:
-            OUT.print(
-                f"  given up: {event.job.pair} ({event.job.method}): {event.reason}", markup=False, soft_wrap=True
-            )
+            OUT.print(f"  given up: {event.job.pair} ({event.job.method}): {event.reason}", soft_wrap=True)
         if len(self.given_up) > 20:
             OUT.print(f"  … and {len(self.given_up) - 20} more, under failures/ in the catalog")
         if self.given_up:
-            OUT.print(f"to try them again, once the cause is mended: ziplora run {manifest}", soft_wrap=True)
+            OUT.print(f"to try them again, once the cause is mended: {the_same_command()}", soft_wrap=True)
 
     def to_json(self) -> dict[str, Any]:
         finished = self.finished
@@ -418,14 +424,14 @@ class RunProgress:
                     self.say(f"{event.job.pair}: attempt {event.attempt} failed, will be tried again: {event.reason}")
             case events.JobGivenUp():
                 self.bar.advance(self.task)
-                self.say(f"{event.job.pair}: given up after {event.attempts}: {event.reason}")
+                self.say(f"{event.job.pair}: given up after {event.attempts} attempts: {event.reason}")
             case _:
                 pass
         self.bar.update(self.task, description=", ".join(sorted(self.running.values())[:4]) or "waiting")
 
     def say(self, line: str) -> None:
         console = self.bar.console if OUT.is_terminal else OUT
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 # The catalog
@@ -451,8 +457,10 @@ def filtered(command: Any) -> Any:
 def ls(catalog: str, subject: str, style: str, method: str, as_json: bool) -> None:
     """List what CATALOG holds, and what was given up."""
     opened = open_catalog(catalog)
-    entries = sorted(opened.select(subject, style, method), key=lambda e: (e.subject, e.style, e.method, e.job_id))
-    failures = list(opened.failures())
+    entries = sorted(
+        opened.select(subject, style, method, left_out), key=lambda e: (e.subject, e.style, e.method, e.job_id)
+    )
+    failures = list(opened.failures(left_out))
     if as_json:
         for entry in entries:
             click.echo(
@@ -481,7 +489,7 @@ def ls(catalog: str, subject: str, style: str, method: str, as_json: bool) -> No
     for failure in failures:
         job = failure.job
         pair = f"{job.get('subject', {}).get('id', '?')}/{job.get('style', {}).get('id', '?')}"
-        OUT.print(f"given up: {pair} ({failure.kind}): {failure.reason}", markup=False, soft_wrap=True)
+        OUT.print(f"given up: {pair} ({failure.kind}): {failure.reason}", soft_wrap=True)
     OUT.print(f"{len(entries)} merges, {len(failures)} given up")
 
 
@@ -492,7 +500,10 @@ def show(catalog: str, job: str) -> None:
     """Everything that is known of one merge: JOB is the start of a job id, or SUBJECT/STYLE."""
     opened = open_catalog(catalog)
     subject, slash, style = job.partition("/")
-    found = opened.select(subject, style) if slash else [e for e in opened.entries() if e.job_id.startswith(job)]
+    if slash:
+        found = opened.select(subject, style, unreadable=left_out)
+    else:
+        found = [entry for entry in opened.entries(left_out) if entry.job_id.startswith(job)]
     if not found:
         raise NotFound(f"{catalog} has no merge {job}: `ziplora ls {catalog}` lists what it has")
     for entry in found:
@@ -530,7 +541,7 @@ def pull(catalog: str, dest: Path, subject: str, style: str, method: str, sample
         counts[pulled.state] = counts.get(pulled.state, 0) + 1
         n_bytes += pulled.size if pulled.state in ("pulled", "resumed") else 0
         if pulled.problem:
-            ERR.print(f"[red]refused:[/] {escape(pulled.path.name)}: {escape(pulled.problem)}", soft_wrap=True)
+            complain(f"{pulled.path.name}: {pulled.problem}", "refused")
     OUT.print(
         f"{dest}: "
         + ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
@@ -550,7 +561,7 @@ def verify(catalog: str, subject: str, style: str, method: str) -> int:
         n += 1
         if checked.problem:
             bad += 1
-            OUT.print(f"{checked.key}: {checked.problem}", markup=False, soft_wrap=True)
+            OUT.print(f"{checked.key}: {checked.problem}", soft_wrap=True)
     OUT.print(f"{n} objects, {bad} not as promised")
     return 1 if bad else 0
 
@@ -561,7 +572,7 @@ def index(catalog: str) -> None:
     """Make index.parquet and index.json of CATALOG again from its entries."""
     summary = open_catalog(catalog).build_index()
     for record in summary.unreadable:
-        ERR.print(f"left out: {record.key}: {record.reason}", markup=False, soft_wrap=True)
+        left_out(record)
     OUT.print(f"{summary.entries} merges, {summary.failures} given up, digest {summary.digest}", soft_wrap=True)
 
 
@@ -569,42 +580,3 @@ def open_catalog(location: str) -> Catalog:
     catalog = Catalog(location)
     catalog.store.probe(write=False)
     return catalog
-
-
-# What commands share
-
-
-def tracked(steps: Iterable[T], description: str) -> Iterator[T]:
-    """`steps` with a progress bar where there is a terminal."""
-    total = len(steps) if isinstance(steps, Steps) else None
-    with progress_bar() as bar:
-        task = bar.add_task(description, total=total)
-        for step in steps:
-            yield step
-            bar.advance(task)
-
-
-def progress_bar() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-        console=ERR,
-        transient=True,
-        disable=not ERR.is_terminal,
-    )
-
-
-def size_text(n_bytes: int) -> str:
-    for limit, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if n_bytes >= limit:
-            return f"{n_bytes / limit:.1f} {unit}"
-    return f"{n_bytes} B"
-
-
-def counted(values: Any, what: str) -> str:
-    if len(values) == 1:
-        return str(next(iter(values)))
-    return ", ".join(f"{value} ({number} {what})" for value, number in values.items())

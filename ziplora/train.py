@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -25,36 +25,9 @@ from torch.nn import functional as F
 from ziplora.base import Base, Conditioning, stack
 from ziplora.lora import Layer, LoRA
 from ziplora.sample import sample_images, sample_latents
+from ziplora.train_settings import TrainSettings, image_paths
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """`prompt` describes the pictures and contains `trigger`. With `prior_prompt`, the base's own pictures of it are
-    learned too, so that the class keeps its variety (prior preservation)."""
-
-    prompt: str
-    trigger: str
-    rank: int = 64
-    alpha: float | None = None  # None: as rank, scale 1
-    steps: int = 1000
-    batch: int = 1
-    lr: float = 5e-5
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    seed: int = 0
-    size: int | None = None  # pixels; None: what the base was trained at
-    prior_prompt: str | None = None
-    prior_images: int = 32
-    prior_weight: float = 1.0
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.trigger.strip() or self.trigger not in self.prompt:
-            raise ValueError(f"the prompt {self.prompt!r} does not contain the trigger {self.trigger!r}")
-        for name in ("rank", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+__all__ = ["Step", "TrainSettings", "Training", "read_images"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +41,7 @@ class Step:
 def read_images(location: str | Path) -> list[Image.Image]:
     """The pictures of a directory in name order, or one picture file. ValueError when there are none or one cannot be
     read."""
-    place = Path(location)
-    paths = sorted(p for p in place.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if place.is_dir() else [place]
-    if not paths:
-        raise ValueError(f"no pictures in {place}: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-    return [_read_image(path) for path in paths]
+    return [_read_image(path) for path in image_paths(location)]
 
 
 def _read_image(path: Path) -> Image.Image:
