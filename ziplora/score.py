@@ -5,7 +5,7 @@
 - text (CLIP-T): CLIP image features of the samples × CLIP text features of their prompts.
 
 The paper does not say which models it used; its table is nearest to CLIP ViT-B/32 (`openai/clip-vit-base-patch32`)
-and DINO ViT-S/16 (`facebook/dino-vits16`). Any `CLIPModel` and any ViT with a class token will do; a score is
+and DINO ViT-S/16 (`facebook/dino-vits16`). Any `CLIPModel`, and any ViT or ResNet, will do; a score is
 comparable only
 with scores of the same `Judge.digest`.
 """
@@ -78,7 +78,7 @@ def load_clip(
 def load_dino(
     source: str | Path = DINO, *, revision: str | None = None, device: str | torch.device = "cpu", batch: int = 32
 ) -> Judge:
-    """A DINO, or any ViT with a class token first, from the hub or a directory. Raises OSError."""
+    """A DINO: a ViT, judged by its class token, or a ResNet, by its pooled features. Raises OSError if not found."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32).eval().to(device)
@@ -86,7 +86,10 @@ def load_dino(
     prepare = _image_processor(source, revision)
 
     def images(pictures: Sequence[Image.Image]) -> Tensor:
-        return model(pixel_values=prepare(pictures).to(device)).last_hidden_state[:, 0]
+        output = model(pixel_values=prepare(pictures).to(device))
+        if output.last_hidden_state.ndim == 4:
+            return output.pooler_output.flatten(1)
+        return output.last_hidden_state[:, 0]
 
     return Judge(str(source), digest(model), _batched(images, batch), None)
 

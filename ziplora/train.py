@@ -22,12 +22,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ziplora.base import Base, Conditioning, stack
+from ziplora.base import Base, stack
 from ziplora.lora import Layer, LoRA
 from ziplora.sample import sample_images, sample_latents
 from ziplora.train_settings import TrainSettings, image_paths
 
-__all__ = ["Step", "TrainSettings", "Training", "read_images"]
+__all__ = ["Prior", "Step", "TrainSettings", "Training", "read_images", "sample_prior"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,25 @@ class Step:
 
     step: int
     loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """Pictures whose look must stay: `latents` [n, c, h, w] and the prompt of each, usually the base's own samples.
+
+    DreamBooth has one such prompt, of the class; several, in several styles, keep a style LoRA from drawing nothing but
+    its one picture's subject.
+    """
+
+    latents: Tensor
+    prompts: tuple[str, ...]
+
+
+def sample_prior(base: Base, prompts: Sequence[str], side: int) -> Prior:
+    """What the base alone draws for each prompt, `side` pixels wide and high."""
+    seeds = list(range(len(prompts)))
+    latents = sample_latents(base, prompts, seeds, steps=25, guidance=5.0, width=side, height=side)
+    return Prior(latents, tuple(prompts))
 
 
 def read_images(location: str | Path) -> list[Image.Image]:
@@ -64,7 +83,10 @@ class Training:
     MemoryError, with what to lower, when the device's memory does not suffice.
     """
 
-    def __init__(self, base: Base, images: Sequence[Image.Image], settings: TrainSettings) -> None:
+    def __init__(
+        self, base: Base, images: Sequence[Image.Image], settings: TrainSettings, prior: Prior | None = None
+    ) -> None:
+        """`prior`: in place of samples of `settings.prior_prompt`, which several trainings can so share."""
         if not images:
             raise ValueError("no pictures to train on")
         self.base, self.settings = base, settings
@@ -72,7 +94,9 @@ class Training:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.latents = base.encode_images(images, self.side, self.side)
         self.conditioning = base.encode_prompts([settings.prompt])
-        self.prior = self._prior()
+        if prior is None and settings.prior_prompt is not None:
+            prior = sample_prior(base, [settings.prior_prompt] * settings.prior_images, self.side)
+        self.prior = None if prior is None else (prior.latents, base.encode_prompts(prior.prompts))
         self.step = 0
         self._originals = {path: base.unet.get_submodule(path.removeprefix("unet.")) for path in base.slots.targets}
         self._adapters = self._inject()
@@ -135,7 +159,7 @@ class Training:
     def identity(self) -> str:
         """Digest of everything that decides the result but the base's weights."""
         sha = hashlib.sha256(repr(sorted(asdict(self.settings).items())).encode())
-        for tensor in (self.latents, self.conditioning.embeds):
+        for tensor in (self.latents, self.conditioning.embeds, *([] if self.prior is None else [self.prior[0]])):
             sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return sha.hexdigest()
 
@@ -181,16 +205,6 @@ class Training:
     def _parameters(self) -> list[nn.Parameter]:
         return [weight for pair in self._adapters.values() for weight in pair]
 
-    def _prior(self) -> tuple[Tensor, Conditioning] | None:
-        settings = self.settings
-        if settings.prior_prompt is None:
-            return None
-        n = settings.prior_images
-        latents = sample_latents(
-            self.base, [settings.prior_prompt] * n, range(n), steps=25, guidance=5.0, width=self.side, height=self.side
-        )
-        return latents, self.base.encode_prompts([settings.prior_prompt])
-
     def _update(self) -> Step:
         settings = self.settings
         fraction = self.step / settings.steps
@@ -214,11 +228,12 @@ class Training:
     def _loss(self) -> Tensor:
         """‖ε(x_t, p) − ε‖², with prior preservation + weight·‖ε(x'_t, p') − ε'‖² on the base's pictures x' of p'."""
         settings = self.settings
-        latents = [self._draw(self.latents)]
+        latents = [self.latents[self._draw(len(self.latents))]]
         conditionings = [self.conditioning.repeat(settings.batch)]
         if self.prior is not None:
-            latents.append(self._draw(self.prior[0]))
-            conditionings.append(self.prior[1].repeat(settings.batch))
+            rows = self._draw(len(self.prior[0]))
+            latents.append(self.prior[0][rows])
+            conditionings.append(self.prior[1].rows(rows))
         x = torch.cat(latents)
         noise = torch.randn(x.shape, generator=self.generator).to(x)
         timesteps = torch.randint(self.base.n_timesteps, (len(x),), generator=self.generator)
@@ -228,8 +243,9 @@ class Training:
         own = errors[: settings.batch].mean()
         return own if self.prior is None else own + settings.prior_weight * errors[settings.batch :].mean()
 
-    def _draw(self, latents: Tensor) -> Tensor:
-        return latents[torch.randint(len(latents), (self.settings.batch,), generator=self.generator).to(latents.device)]
+    def _draw(self, n: int) -> Tensor:
+        """A batch of row numbers below n."""
+        return torch.randint(n, (self.settings.batch,), generator=self.generator).to(self.base.device)
 
     def _target(self, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The noise, or for a v-prediction base √ᾱ·ε − √(1−ᾱ)·x (arXiv 2202.00512)."""

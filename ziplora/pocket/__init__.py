@@ -1,7 +1,7 @@
 """A miniature of SDXL, trained on a synthetic world whose truth is known: the demo, and every claim testable on a CPU.
 
 `path()` is a `StableDiffusionXLPipeline` directory; `SUBJECTS` and `STYLES` are LoRAs for it, with their pictures and
-prompts; `scorer("clip" | "vit" | "recogniser")` are its judges. Importing this loads no weights and no torch.
+prompts; `scorer("clip" | "dino" | "recogniser")` are its judges. Importing this loads no weights and no torch.
 """
 
 import json
@@ -30,7 +30,8 @@ def path() -> Path:
 
 
 def scorer(name: str) -> Path:
-    """Directory of a judge: `clip` (CLIPModel), `vit` (ViTModel) or `recogniser` (ResNetForImageClassification)."""
+    """Directory of a judge: `clip` (CLIPModel), `dino` (ResNetModel) or `recogniser`
+    (ResNetForImageClassification)."""
     return WEIGHTS / "scorers" / name
 
 

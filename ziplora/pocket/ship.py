@@ -31,7 +31,7 @@ def ship_base(out: Path, into: Path) -> None:
 
 
 def ship_scorers(out: Path, into: Path) -> None:
-    for name in ("recogniser", "clip", "vit"):
+    for name in ("recogniser", "clip", "dino"):
         if (out / name / "config.json").exists():
             shutil.rmtree(into / "scorers" / name, ignore_errors=True)
             shutil.copytree(out / name, into / "scorers" / name)

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -28,7 +29,7 @@ from ziplora.lora import LoRA
 from ziplora.pocket import path, world
 from ziplora.pocket.check import rates, sample
 from ziplora.pocket.recognise import Recogniser
-from ziplora.train import Training, TrainSettings
+from ziplora.train import Prior, Training, TrainSettings, sample_prior
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ SUBJECTS = ("mushroom", "key", "rocket", "umbrella", "cactus", "robot", "anchor"
 STYLES = ("ice", "retro", "denim", "carnival", "arcade", "linen")
 STYLE_SHAPES = ("house", "cat", "star", "car", "flower", "bell")  # what each style's one picture shows
 SUBJECT_TRIGGER, STYLE_TRIGGER = "sks thing", "szn style"
+PRIOR_IMAGES = 64
 LAYOUTS = ("kohya", "peft", "kohya-diffusers", "dreambooth", "legacy")
 
 
@@ -45,6 +47,7 @@ class Settings:
     lr: float = 1e-3
     steps: int = 400
     batch: int = 4
+    prior_weight: float = 1.0
 
 
 SUBJECT_SETTINGS = Settings()
@@ -85,7 +88,18 @@ def tasks() -> list[Task]:
     return [*subjects, *styles]
 
 
-def train(base: Base, task: Task, *, seed: int = 0) -> tuple[LoRA, dict[str, str], float]:
+def prior_prompts() -> tuple[str, ...]:
+    """Captions of the base's training set (photos and named styles alike): what a LoRA must leave as it is."""
+    rng = np.random.default_rng(11)
+    captions: list[str] = []
+    while len(captions) < PRIOR_IMAGES:
+        scene, caption = world.training_example(rng)
+        if scene.extra is None and (scene.style is None or scene.style.name != "described"):
+            captions.append(caption)
+    return tuple(captions)
+
+
+def train(base: Base, task: Task, prior: Prior | None, *, seed: int = 0) -> tuple[LoRA, dict[str, str], float]:
     """The LoRA, its header, and the mean loss of its last 100 steps."""
     own = task.settings
     settings = TrainSettings(
@@ -97,8 +111,9 @@ def train(base: Base, task: Task, *, seed: int = 0) -> tuple[LoRA, dict[str, str
         lr=own.lr,
         lr_schedule="cosine",
         seed=seed,
+        prior_weight=own.prior_weight,
     )
-    with Training(base, task.images(), settings) as training:
+    with Training(base, task.images(), settings, prior) as training:
         losses = [step.loss for step in training]
         return training.lora(), training.metadata(), sum(losses[-100:]) / len(losses[-100:])
 
@@ -199,12 +214,13 @@ def main() -> None:
     out: Path = arguments.out
     base = load_base(arguments.base)
     recogniser = Recogniser(out / "recogniser")
+    prior = sample_prior(base, prior_prompts(), world.SIZE)
     for task in tasks():
         folder = out / "loras" / task.role / task.name
         if (arguments.only and task.name not in arguments.only) or (folder / "report.json").exists():
             continue
         started = time.monotonic()
-        lora, metadata, loss = train(base, task)
+        lora, metadata, loss = train(base, task, prior)
         folder.mkdir(parents=True, exist_ok=True)
         file = write(lora, task.layout, metadata, title=task.name, trigger=task.trigger)
         (folder / f"{task.name}.safetensors").write_bytes(file)
