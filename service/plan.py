@@ -158,7 +158,9 @@ def _scorers(manifest: Manifest, digests: DigestCache, download: bool) -> tuple[
     problems: list[str] = []
     for spec in manifest.scorers:
         try:
-            found[spec.kind] = read_scorer(spec.kind, spec.location, spec.revision, digests=digests, download=download)
+            found[spec.kind] = read_scorer(
+                spec.kind, spec.location, spec.revision, digests=digests, download=download
+            ).ref
         except ServiceError as error:
             problems += [f"{manifest.where('scores', spec.kind)}: {line}" for line in str(error).splitlines()]
     return Scorers(**found), problems

@@ -1,6 +1,7 @@
 """What a scorer's directory holds, from JSON and safetensors headers alone: whether it can judge, and its digest."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,14 @@ PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
 FETCHED = ["*.json", "merges.txt", "model.safetensors", "model-*.safetensors"]
 
 
+@dataclass(frozen=True, slots=True)
+class ScorerFiles:
+    """A scorer as found on this machine."""
+
+    directory: Path
+    ref: ScorerRef
+
+
 def read_scorer(
     kind: Kind,
     location: str,
@@ -38,7 +47,7 @@ def read_scorer(
     *,
     digests: DigestCache | None = None,
     download: bool = False,
-) -> ScorerRef:
+) -> ScorerFiles:
     """A directory as `save_pretrained` writes it, or a hub id in the local hub cache (`download` fetches it).
 
     Raises ManifestError with everything that is wrong, one line each.
@@ -57,7 +66,7 @@ def read_scorer(
                 raise ManifestError(str(error)) from error
     settings = ("config.json", *PREPROCESSING, *(TOKENIZER_FILES if kind == "clip" else ()))
     files = [file for file in settings if (directory / file).is_file()] + [path.name for path in weights]
-    return ScorerRef(location, commit, digest_of(directory, files, digests or DigestCache()))
+    return ScorerFiles(directory, ScorerRef(location, commit, digest_of(directory, files, digests or DigestCache())))
 
 
 def _find(kind: Kind, location: str, revision: str | None, download: bool) -> tuple[Path, str | None]:

@@ -7,37 +7,60 @@ Style and subject alignment look at the samples of style strength 1.0 whose prom
 import math
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from service.entry import ALIGNMENTS
-from service.errors import BadInput
+from service.errors import BadInput, ManifestError
 from service.jobs import SCORED_STRENGTH, Job, Role, ScorerRef, Scorers, shows_pair
+from service.scorer_files import Kind, read_scorer
 from ziplora.score import Judge, load_clip, load_dino, score
 
 
 class Judges:
-    """Scorers by what they are, each loaded when it is first asked for. BadInput when one does not load."""
+    """Scorers by what they are, each loaded when it is first asked for.
+
+    BadInput when one does not load, or is not on this machine what it was when the job was planned.
+    """
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.loaded: dict[tuple[str, str], Judge] = {}  # (kind, digest of the files)
+        self.loaded: dict[tuple[Kind, str], Judge] = {}  # by kind and digest of the files
 
     def load(self, scorers: Scorers) -> tuple[Judge | None, Judge | None]:
         """The CLIP and the DINO."""
         return self._get("clip", scorers.clip, load_clip), self._get("dino", scorers.dino, load_dino)
 
-    def _get(self, kind: str, ref: ScorerRef | None, load: Callable[..., Judge]) -> Judge | None:
+    def _get(self, kind: Kind, ref: ScorerRef | None, load: Callable[..., Judge]) -> Judge | None:
         if ref is None:
             return None
         key = (kind, ref.digest)
         if key not in self.loaded:
+            directory = _directory(kind, ref)
             try:
-                self.loaded[key] = load(ref.location, revision=ref.revision, device=self.device)
+                self.loaded[key] = load(directory, device=self.device)
+            except torch.OutOfMemoryError:
+                raise
             except (OSError, ValueError, RuntimeError) as error:
                 raise BadInput(f"{kind} scorer {ref.location} does not load: {error}") from error
         return self.loaded[key]
+
+
+def _directory(kind: Kind, ref: ScorerRef) -> Path:
+    """Where it lies on this machine."""
+    try:
+        found = read_scorer(kind, ref.location, ref.revision)
+    except ManifestError as error:
+        raise BadInput(f"on this machine, {error}") from error
+    if found.ref.digest != ref.digest:
+        raise BadInput(
+            f"{kind} scorer {ref.location} on this machine has digest {found.ref.digest[:12]}, the run was planned with"
+            f" {ref.digest[:12]}: put the same files on every machine"
+        )
+    return found.directory
 
 
 def scored(

@@ -147,12 +147,18 @@ class TrainingRun:
     ) -> None:
         import torch
 
+        from service.worker import repeatable
         from ziplora.base import load_base
         from ziplora.train import Training, read_images
 
         self.order, self.save_every, self.previews = order, save_every, previews or Previews()
         torch.set_num_threads(threads)
         self.device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.startswith("cuda"):
+            repeatable()
+            if not torch.cuda.is_available():
+                raise BadInput(f"device {self.device}: this machine has no GPU that torch can use: take --device cpu")
+        state = self._checkpoint()
         number = {"auto": torch.bfloat16 if self.device.startswith("cuda") else torch.float32}.get(dtype)
         with memory_errors(order.settings):
             try:
@@ -162,15 +168,12 @@ class TrainingRun:
                     dtype=number or getattr(torch, dtype),
                     variant=order.base.variant,
                 )
-            except torch.OutOfMemoryError:
-                raise
-            except (OSError, ValueError, AssertionError, RuntimeError) as error:
-                text = str(error).splitlines()[0]
-                raise BadInput(f"base {order.base.location} does not load on {self.device}: {text}") from error
+            except (OSError, ValueError) as error:
+                raise BadInput(f"base {order.base.location} does not load: {str(error).splitlines()[0]}") from error
             pictures = [image for path in order.images for image in read_images(path)]
             self.training = Training(base, pictures, order.settings)
-        if order.checkpoint.exists():
-            self._restore()
+        if state is not None:
+            self._restore(state)
         else:
             self.save()  # also shows, before hours of work, that there is a place to write to
 
@@ -242,10 +245,13 @@ class TrainingRun:
                 image.save(file, "PNG")
             yield path
 
-    def _restore(self) -> None:
+    def _checkpoint(self) -> dict[str, Any] | None:
+        """The state to go on from, if there is one."""
         import torch
 
         path = self.order.checkpoint
+        if not path.exists():
+            return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             found = _request(state["request"])
@@ -256,11 +262,14 @@ class TrainingRun:
                 f"the checkpoint {path} is of a training with other {_differing(found or {}, self.order.request)}: "
                 "give the same again, name another output, or --overwrite it"
             )
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
         try:
             self.training.restore(state)
         except ValueError as error:
             raise BadInput(
-                f"the checkpoint {path} was written on another device or in another dtype: "
+                f"the checkpoint {self.order.checkpoint} was written on another device or in another dtype: "
                 "go on there, or start afresh with --overwrite"
             ) from error
 

@@ -254,6 +254,14 @@ def test_a_scorer_that_does_not_load_fails_the_job_before_the_merge(judged: Grid
     assert set(result.stages) == {"score"}
 
 
+def test_a_scorer_that_changed_after_the_plan_is_refused(judged: Grid) -> None:
+    job = job_of(judged)
+    tiny_vit(judged.root / "scorers/vit", seed=1)
+    result = worker_of(judged).run(job)
+    assert (result.status, result.kind) == ("failed", "BadInput")
+    assert "the run was planned with" in str(result.reason)
+
+
 def test_planning_scores_needs_no_torch(judged: Grid) -> None:
     manifest = judged.manifest(**{**QUICK, "scores": SCORES})  # type: ignore[arg-type]
     code = (
