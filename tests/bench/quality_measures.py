@@ -127,7 +127,7 @@ class Stand:
         self.settings = settings
         self.base = load_base(pocket.path())
         self.recogniser = Recogniser(pocket.scorer("recogniser"))
-        self.clip, self.dino = load_clip(pocket.scorer("clip")), load_dino(pocket.scorer("vit"))
+        self.clip, self.dino = load_clip(pocket.scorer("clip")), load_dino(pocket.scorer("dino"))
         assert self.clip.texts is not None
         self.calibrations: dict[tuple[str, CalibrationSettings], tuple[Calibration, float]] = {}
         self.lora = functools.cache(_read)
@@ -273,7 +273,7 @@ class Stand:
             "style_right": right["combined"][1].mean(),
             "both": right["combined"].all(0).mean(),
             "truth_clip": mean_cosine(seen, true_seen),
-            "truth_vit": mean_cosine(looks, true_looks),
+            "truth_dino": mean_cosine(looks, true_looks),
             "truth_pixels": nearest(combined, self.truths(scene)),
             "recontext_both": np.mean([right[extra].all(0).mean() for extra in world.EXTRAS]),
             "recontext_extra": np.mean([self._extra_shown(pictures[e], by_kind[e].scene) for e in world.EXTRAS]),

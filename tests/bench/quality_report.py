@@ -26,8 +26,8 @@ COLUMNS = {
     "eq3": "Eq. 3",
     "lost_subject": "lost of subject",
     "lost_style": "lost of style",
-    "truth_clip": "truth, CLIP",
-    "truth_vit": "truth, ViT",
+    "truth_clip": "truth, CLIP features",
+    "truth_dino": "truth, subject features",
     "truth_pixels": "truth, pixels",
     "merge_cpu_s": "CPU s/pair",
     "calibration_cpu_s": "CPU s/LoRA",
@@ -40,7 +40,7 @@ LEGEND = """\
 Means over pairs with 95 % intervals from a bootstrap over subjects and styles.
 
 - style × subject: harmonic mean, pair by pair, of style alignment (CLIP image features, samples × style reference) and
-  subject alignment (ViT, samples × subject pictures). text: CLIP, samples × plain-word caption.
+  subject alignment (DINO's stand-in, samples × subject pictures). text: CLIP, samples × plain-word caption.
 - both right: share of "subject in style" samples in which the recogniser names the true shape and the true style.
 - subject alone, style alone: both named right on the LoRA's own prompt, so that what leaks over from the other LoRA
   counts as wrong.
