@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +20,7 @@ from service.catalog import Catalog
 from tests.commands import started, wait_until, ziplora
 from tests.conftest import Swift
 from tests.grid import Grid
+from tests.tiny import SDXL_TARGETS
 
 NO_SAMPLES = {"prompts": []}
 
@@ -48,6 +50,9 @@ def test_run_then_look_around_then_pull(grid: Grid) -> None:
     assert file.name.startswith("dog__ink__ziplora-")
     assert json.loads(file.with_suffix(".json").read_text())["activation text"] == "sks dog, szn ink style"
     assert Image.open(file.with_suffix(".png")).size == (32, 32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(root / "base")
+    pipeline.load_lora_weights(file)
+    assert sum(hasattr(module, "lora_A") for module in pipeline.unet.modules()) == SDXL_TARGETS
     inspected = ziplora("inspect", file)
     assert "kohya" in inspected.stdout
     assert ziplora("verify", root / "catalog").returncode == 0
