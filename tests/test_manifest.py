@@ -22,7 +22,7 @@ styles:
   oil: {lora: /srv/oil.safetensors, prompt: oil painting}
 output: ./catalog
 """
-DIRECTORY = "/home/me/work"
+DIRECTORY = "/home/me/here"
 
 
 def parse(text: str | bytes, directory: str = DIRECTORY):
@@ -293,7 +293,7 @@ CASES = [
     ("output: ./catalog", "output: s3://bucket/x/../y", "demo.yaml:8: output: s3://bucket/x/../y/: the key 'x/../y' has an empty, '.' or '..' part: keys are relative paths such as pairs/dog/merged.png"),
     ("output: ./catalog", "output: /etc/hosts", "demo.yaml:8: output: /etc/hosts is a file; expected a directory or s3://bucket/prefix"),
     ("trigger: sks dog", "images: '/nowhere/*.png'", "demo.yaml:3: subjects.dog.images: /nowhere/*.png matches no file; expected an image, or leave images out"),
-    ("trigger: sks dog", "images: [a.png, ./a.png]", "demo.yaml:3: subjects.dog.images[1]: /home/me/work/a.png is already in subjects.dog.images[0]; name each image once"),
+    ("trigger: sks dog", "images: [a.png, ./a.png]", "demo.yaml:3: subjects.dog.images[1]: /home/me/here/a.png is already in subjects.dog.images[0]; name each image once"),
     ("trigger: sks dog", "images: {a: b}", "demo.yaml:3: subjects.dog.images: expected a list, given a mapping (a)"),
 ]  # fmt: skip
 

@@ -33,6 +33,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.test_module_names import SDXL_UNET
 from ziplora.base import Base, Conditioning
 from ziplora.calibrate import Calibration
 from ziplora.formats import save_kohya
@@ -43,26 +44,11 @@ from ziplora.methods import ZipLoRAKnobs
 from ziplora.optimize import Optimization
 from ziplora.slots import Slots
 
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
 
 def random_unet(device: str, dtype: torch.dtype) -> UNet2DConditionModel:
     """SDXL's UNet with seeded random weights, made in place: 2,567,463,684 parameters."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL_UNET)
+        unet = UNet2DConditionModel(sample_size=128, **SDXL_UNET)
     unet = unet.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
