@@ -82,13 +82,15 @@ def load_dino(
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32).eval().to(device)
-    model.pooler = None  # not used, and random where the checkpoint has none (DINO's): the digest must not see it
+    if any(name.startswith("pooler.") for name, _ in model.named_parameters()):
+        # not used, and random where the checkpoint has none (DINO's): the digest must not see it
+        model.pooler = torch.nn.Identity()
     prepare = _image_processor(source, revision)
 
     def images(pictures: Sequence[Image.Image]) -> Tensor:
         output = model(pixel_values=prepare(pictures).to(device))
         if output.last_hidden_state.ndim == 4:
-            return output.pooler_output.flatten(1)
+            return output.last_hidden_state.mean((2, 3))
         return output.last_hidden_state[:, 0]
 
     return Judge(str(source), digest(model), _batched(images, batch), None)
