@@ -250,6 +250,8 @@ class TrainingRun:
         import torch
 
         path = self.order.checkpoint
+        for part in path.parent.glob(f".{path.name}.*.part"):  # of a training that was killed while it saved
+            part.unlink(missing_ok=True)
         if not path.exists():
             return None
         try:
