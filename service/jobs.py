@@ -91,7 +91,7 @@ class ScorerRef:
 
 @dataclass(frozen=True, slots=True)
 class Scorers:
-    """Who judges the samples: a CLIP the style and the text, a self-supervised ViT the subject; None: nobody does."""
+    """Who judges the samples: a CLIP the style and the text, a self-supervised model the subject; None: nobody does."""
 
     clip: ScorerRef | None = None
     dino: ScorerRef | None = None

@@ -93,7 +93,7 @@ class ScoresSection(Strict):
     )
     dino: Scorer = Field(
         default=None,
-        description="a self-supervised ViT such as DINO: alignment of the samples with the subject's images",
+        description="a self-supervised ViT or ResNet such as DINO: alignment of the samples with the subject's images",
     )
 
 

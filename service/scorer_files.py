@@ -25,7 +25,8 @@ Kind = Literal["clip", "dino"]
 
 MODELS: dict[Kind, tuple[str, ...]] = {  # model types of `transformers`
     "clip": ("clip",),
-    "dino": ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit"),  # those whose first token is the class
+    # those whose first token is the class, and the one whose features are a map
+    "dino": ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "resnet"),
 }
 EXAMPLES: dict[Kind, str] = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vits16"}
 PREPROCESSING = ("preprocessor_config.json", "processor_config.json")

@@ -24,7 +24,7 @@ from service.plan import Plan, plan
 from service.worker import Worker, WorkerSettings
 from tests.commands import ziplora
 from tests.grid import Grid
-from tests.tiny_scorers import tiny_clip, tiny_vit
+from tests.tiny_scorers import tiny_clip, tiny_resnet, tiny_vit
 from ziplora.score import load_dino
 
 SCORES = {"clip": "scorers/clip", "dino": "scorers/vit"}
@@ -125,6 +125,14 @@ def test_a_worker_loads_its_judges_once(judged: Grid) -> None:
     worker.run(jobs[1])
     assert len(judges) == 2
     assert all(worker.judges.loaded[key] is judge for key, judge in judges.items())
+
+
+def test_a_resnet_can_judge_subjects(judged: Grid) -> None:
+    tiny_resnet(judged.root / "scorers/resnet")
+    worker, job = worker_of(judged), job_of(judged, scores={"dino": "scorers/resnet"})
+    result = worker.run(job)
+    assert (result.status, result.reason) == ("committed", None)
+    assert -1 <= result.alignments["subject"] <= 1
 
 
 def test_a_dino_without_a_pooler_has_one_digest(judged: Grid) -> None:

@@ -1,4 +1,4 @@
-"""Random scorers of a few thousand parameters, saved as users' scorers are: a CLIP and a ViT with a class token."""
+"""Random scorers of a few thousand parameters, saved as users' scorers are: a CLIP, a ViT and a ResNet."""
 
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
+    ResNetConfig,
+    ResNetModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -38,5 +40,14 @@ def tiny_vit(directory: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ViTModel(ViTConfig(image_size=SIDE, patch_size=8, **SMALL), add_pooling_layer=False).save_pretrained(directory)
+    ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(directory)
+    return directory
+
+
+def tiny_resnet(directory: Path, seed: int = 0) -> Path:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ResNetModel(config).save_pretrained(directory)
     ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(directory)
     return directory
