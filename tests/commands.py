@@ -10,7 +10,7 @@ from pathlib import Path
 ZIPLORA = Path(sys.executable).parent / "ziplora"
 
 
-def ziplora(*arguments: object, cwd: Path | None = None, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def ziplora(*arguments: object, cwd: Path | None = None, timeout_s: float = 500) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=timeout_s, env=environment()
     )
@@ -38,7 +38,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 240) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
