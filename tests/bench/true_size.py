@@ -291,7 +291,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m tests.bench.true_size", *sys.argv[1:]]),
         "machine": machine(),
         "settings": vars(options) | {"out": str(options.out.name)},
     }
