@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from service import events
 from service.errors import ServiceError
 
-ALIGNMENT_BUCKETS = tuple(n / 20 for n in range(21))  # a cosine; below 0 is rare enough for one bucket
+ALIGNMENT_BUCKETS = tuple(n / 20 for n in range(-10, 21))  # cosines; what lies below −0.5 goes into the first
 STAGE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
 
 
