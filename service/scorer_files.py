@@ -55,7 +55,7 @@ def read_scorer(
     """
     directory, commit = _find(kind, location, revision, download)
     name = f"{kind} scorer {location}"
-    problems = list(_problems(kind, name, directory))
+    problems = list(_problems(kind, name, directory, on_hub=commit is not None))
     if problems:
         raise ManifestError("\n".join(problems))
     weights = _weights(name, directory)
@@ -86,7 +86,7 @@ def _find(kind: Kind, location: str, revision: str | None, download: bool) -> tu
     return find_on_hub(f"{kind} scorer", location, revision, (lambda *_: FETCHED) if download else None)
 
 
-def _problems(kind: Kind, name: str, directory: Path) -> Iterator[str]:
+def _problems(kind: Kind, name: str, directory: Path, on_hub: bool) -> Iterator[str]:
     """What is missing or unfit; nothing else is looked at where it is another kind of model."""
     if not (directory / "config.json").is_file():
         yield f"{name} has no config.json; expected a directory as save_pretrained writes it"
@@ -102,11 +102,13 @@ def _problems(kind: Kind, name: str, directory: Path) -> Iterator[str]:
         yield f"{name} holds neither tokenizer.json nor vocab.json with merges.txt"
     if not _weights(name, directory):
         pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+        # CLIP ViT-B/32 and DINO ViT-S/16 among them
+        elsewhere = "; some models of the hub have it in a revision such as refs/pr/15 only" if on_hub else ""
         yield (
             f"{name} has only {pickles[0]}, a format that can run code when it is loaded; expected model.safetensors: "
-            "load it where you trust it and write it with model.save_pretrained(DIRECTORY)"
+            f"load it where you trust it and write it with model.save_pretrained(DIRECTORY){elsewhere}"
             if pickles
-            else f"{name} has no weights; expected model.safetensors or its shards"
+            else f"{name} has no weights; expected model.safetensors or its shards{elsewhere}"
         )
 
 

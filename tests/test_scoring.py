@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -280,6 +281,32 @@ def test_planning_scores_needs_no_torch(judged: Grid) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"clip: {judged.root / 'scorers/clip'}" in done.stdout
+
+
+def test_a_scorer_of_the_hub_is_taken_from_the_local_cache(judged: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(judged.root / "hub"))
+    repository, commit = judged.root / "hub/models--nobody--vit", "c" * 40
+    for revision in ("main", "refs/pr/15"):
+        (repository / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit if revision != "main" else "d" * 40)
+    for snapshot in (commit, "d" * 40):
+        shutil.copytree(judged.root / "scorers/vit", repository / "snapshots" / snapshot)
+    pickled(repository / "snapshots" / ("d" * 40))
+    refused = ziplora("plan", judged.manifest(**{**QUICK, "scores": {"dino": "nobody/vit"}}))  # type: ignore[arg-type]
+    assert refused.returncode == 2
+    assert "has only pytorch_model.bin" in refused.stderr
+    assert "a revision such as refs/pr/15 only" in refused.stderr
+    scores = {"dino": {"location": "nobody/vit", "revision": "refs/pr/15"}}
+    done = ziplora("plan", "--json", judged.manifest(**{**QUICK, "scores": scores}))  # type: ignore[arg-type]
+    assert done.returncode == 0, done.stderr
+    scorer = json.loads(done.stdout)["scorers"]["dino"]
+    assert (scorer["location"], scorer["revision"]) == ("nobody/vit", commit)
+    assert (
+        scorer["digest"]
+        == json.loads(
+            ziplora("plan", "--json", judged.manifest(**{**QUICK, "scores": SCORES})).stdout  # type: ignore[arg-type]
+        )["scorers"]["dino"]["digest"]
+    )
 
 
 def test_metrics_count_alignments_by_kind(judged: Grid) -> None:
