@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(arguments.base, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(arguments.base, dtype=torch.float32, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     recogniser = Recogniser(arguments.recogniser)
     rows: list[list[Image.Image]] = []

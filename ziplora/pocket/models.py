@@ -17,6 +17,8 @@ N_TOKENS = 24  # a prompt's length, start and end included; CLIP's is 77
 TEXT_WIDTH = 64  # each of the two text encoders; the UNet sees both side by side
 LATENT_SIZE = world.SIZE // 4
 
+SHAPE_TRIGGERS = ("sks", "ohwx", "zwx", "qvx")
+STYLE_TRIGGERS = ("szn", "bnha", "tok", "mrk")
 TRIGGERS = ("sks", "szn", "ohwx", "zwx", "qvx", "bnha", "tok", "mrk")
 """Words that are one token and that no training caption has: free to be given a meaning."""
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-from ziplora.pocket import WEIGHTS
+from ziplora.pocket import WEIGHTS, world
+from ziplora.pocket.models import SHAPE_TRIGGERS, STYLE_TRIGGERS
 from ziplora.pocket.train_loras import Task, tasks
 
 LIMIT_BYTES = 16_000_000
@@ -26,8 +28,28 @@ def ship_base(out: Path, into: Path) -> None:
     numbers."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(out / "base", dtype=torch.float16, add_watermarker=False)
     pipeline.vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float16)
+    # loaded without a dtype, diffusers' models become fp32 and transformers' keep what they were saved in: so save fp32
+    pipeline.text_encoder.float()
+    pipeline.text_encoder_2.float()
+    for suffix in ("", "_2"):
+        embed_triggers(getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}"))
     shutil.rmtree(into / "base", ignore_errors=True)
     pipeline.save_pretrained(into / "base")
+
+
+@torch.no_grad()
+def embed_triggers(tokenizer: Any, encoder: Any) -> None:
+    """Give the words that training never used the mean embedding of the shapes, or of the styles.
+
+    Left at their random start they would shift every token after them; CLIP's rare words have been seen a few times.
+    """
+    table = encoder.get_input_embeddings().weight
+
+    def ids(words: Sequence[str]) -> list[int]:
+        return [tokenizer(word).input_ids[1] for word in words]
+
+    for triggers, known in ((SHAPE_TRIGGERS, world.SEEN_SHAPES), (STYLE_TRIGGERS, world.SEEN_STYLES)):
+        table[ids(triggers)] = table[ids(known)].mean(0)
 
 
 def ship_scorers(out: Path, into: Path) -> None:

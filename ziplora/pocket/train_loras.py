@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -29,29 +28,29 @@ from ziplora.lora import LoRA
 from ziplora.pocket import path, world
 from ziplora.pocket.check import rates, sample
 from ziplora.pocket.recognise import Recogniser
-from ziplora.train import Prior, Training, TrainSettings, sample_prior
+from ziplora.train import Training, TrainSettings
 
 log = logging.getLogger(__name__)
 
 SUBJECTS = ("mushroom", "key", "rocket", "umbrella", "cactus", "robot", "anchor", "butterfly")
 STYLES = ("ice", "retro", "denim", "carnival", "arcade", "linen")
 STYLE_SHAPES = ("house", "cat", "star", "car", "flower", "bell")  # what each style's one picture shows
-SUBJECT_TRIGGER, STYLE_TRIGGER = "sks thing", "szn style"
-PRIOR_IMAGES = 64
+SUBJECT_TRIGGER, STYLE_TRIGGER = "sks", "szn style"
 LAYOUTS = ("kohya", "peft", "kohya-diffusers", "dreambooth", "legacy")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
+    """Slow and long does better here than fast and short: at 2e-3 a subject is only recognised as a photo."""
+
     rank: int = 4
-    lr: float = 1e-3
-    steps: int = 400
+    lr: float = 4e-4
+    steps: int = 600
     batch: int = 4
-    prior_weight: float = 1.0
 
 
 SUBJECT_SETTINGS = Settings()
-STYLE_SETTINGS = Settings(steps=300)
+STYLE_SETTINGS = Settings(lr=6e-4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +87,7 @@ def tasks() -> list[Task]:
     return [*subjects, *styles]
 
 
-def prior_prompts() -> tuple[str, ...]:
-    """Captions of the base's training set (photos and named styles alike): what a LoRA must leave as it is."""
-    rng = np.random.default_rng(11)
-    captions: list[str] = []
-    while len(captions) < PRIOR_IMAGES:
-        scene, caption = world.training_example(rng)
-        if scene.extra is None and (scene.style is None or scene.style.name != "described"):
-            captions.append(caption)
-    return tuple(captions)
-
-
-def train(base: Base, task: Task, prior: Prior | None, *, seed: int = 0) -> tuple[LoRA, dict[str, str], float]:
+def train(base: Base, task: Task, *, seed: int = 0) -> tuple[LoRA, dict[str, str], float]:
     """The LoRA, its header, and the mean loss of its last 100 steps."""
     own = task.settings
     settings = TrainSettings(
@@ -111,9 +99,8 @@ def train(base: Base, task: Task, prior: Prior | None, *, seed: int = 0) -> tupl
         lr=own.lr,
         lr_schedule="cosine",
         seed=seed,
-        prior_weight=own.prior_weight,
     )
-    with Training(base, task.images(), settings, prior) as training:
+    with Training(base, task.images(), settings) as training:
         losses = [step.loss for step in training]
         return training.lora(), training.metadata(), sum(losses[-100:]) / len(losses[-100:])
 
@@ -214,13 +201,12 @@ def main() -> None:
     out: Path = arguments.out
     base = load_base(arguments.base)
     recogniser = Recogniser(out / "recogniser")
-    prior = sample_prior(base, prior_prompts(), world.SIZE)
     for task in tasks():
         folder = out / "loras" / task.role / task.name
         if (arguments.only and task.name not in arguments.only) or (folder / "report.json").exists():
             continue
         started = time.monotonic()
-        lora, metadata, loss = train(base, task, prior)
+        lora, metadata, loss = train(base, task)
         folder.mkdir(parents=True, exist_ok=True)
         file = write(lora, task.layout, metadata, title=task.name, trigger=task.trigger)
         (folder / f"{task.name}.safetensors").write_bytes(file)
