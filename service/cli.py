@@ -55,8 +55,9 @@ def cli(debug: bool) -> None:
 
 def main() -> NoReturn:
     debug = "--debug" in sys.argv
+    arguments = ["--debug"] * debug + [one for one in sys.argv[1:] if one != "--debug"]  # wherever it stands
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        sys.exit(cli.main(arguments, standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
