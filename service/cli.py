@@ -161,11 +161,20 @@ def methods() -> None:
 
     from ziplora.methods import METHODS
 
-    table = Table("method", "what it does", "yields", "cost", "settings (default)", "paper")
     for method in METHODS.values():
-        knobs = "\n".join(f"{field.name} ({field.default})" for field in fields(method.knobs))
-        table.add_row(method.name, method.summary, method.yields, method.cost, knobs, method.paper)
-    OUT.print(table)
+        OUT.print(method.name, style="bold")
+        knobs = ", ".join(f"{field.name} {field.default}" for field in fields(method.knobs))
+        rows = {
+            "does": method.summary,
+            "yields": method.yields,
+            "costs": method.cost,
+            "settings": knobs or "none",
+            "paper": method.paper,
+        }
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        for row in rows.items():
+            table.add_row(*row)
+        OUT.print(table)
 
 
 @cli.command()
