@@ -260,10 +260,10 @@ def execute(
 
     if inline and address:
         raise click.UsageError("--inline runs without Ray, so it takes no --address")
-    catalog = Catalog(planned.output)
-    catalog.store.probe()
     metrics = Metrics(version("ziplora"))
     server = metrics.serve(metrics_port) if metrics_port else None
+    catalog = Catalog(planned.output)
+    catalog.store.probe()
     settings = WorkerSettings(
         catalog=planned.output,
         base=planned.base.location,
@@ -574,6 +574,26 @@ def verify(catalog: str, subject: str, style: str, method: str) -> int:
             OUT.print(f"{checked.key}: {checked.problem}", soft_wrap=True)
     OUT.print(f"{n} objects, {bad} not as promised")
     return 1 if bad else 0
+
+
+@cli.command(epilog=CATALOG_HELP)
+@click.argument("catalog")
+@click.argument("picture", type=click.Path(dir_okay=False, path_type=Path))
+@filtered
+@click.option("--cell", default=128, type=click.IntRange(16, 1024), show_default=True, help="Pixels of each picture.")
+def sheet(catalog: str, picture: Path, subject: str, style: str, method: str, cell: int) -> None:
+    """Write a contact sheet of CATALOG to PICTURE (a .png or .jpg): subjects down, styles across."""
+    from service.sheet import contact_sheet
+
+    opened = open_catalog(catalog)
+    entries = opened.select(subject, style, method, left_out)
+    if not entries:
+        raise NotFound(f"{catalog} has nothing to show: `ziplora ls {catalog}` lists what it has")
+    try:
+        contact_sheet(opened.store, entries, cell).save(picture)
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"{picture} cannot be written: {error}") from error
+    OUT.print(f"{picture}: {len({(e.subject, e.style) for e in entries})} pairs", soft_wrap=True)
 
 
 @cli.command(epilog=CATALOG_HELP)

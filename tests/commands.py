@@ -1,6 +1,7 @@
 """The command line as a user runs it: `ziplora …` in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ def started(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str
         text=True,
         env=environment(),
         start_new_session=True,
+        # a shell starts background jobs with SIGINT ignored, and what ignores it passes that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -56,6 +56,10 @@ def test_run_then_look_around_then_pull(grid: Grid) -> None:
     inspected = ziplora("inspect", file)
     assert "kohya" in inspected.stdout
     assert ziplora("verify", root / "catalog").returncode == 0
+    assert ziplora("sheet", root / "catalog", root / "sheet.png", "--cell", 32).returncode == 0
+    sheet = Image.open(root / "sheet.png").convert("RGB")
+    preview = Image.open(file.with_suffix(".png")).convert("RGB")
+    assert any(sheet.crop((x, 18 + 36, x + 32, 18 + 36 + 32)).tobytes() == preview.tobytes() for x in range(80))
 
     entry = next(iter(catalog.entries()))
     broken = root / "catalog" / entry.objects["merged.safetensors"].key
