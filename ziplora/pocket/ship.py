@@ -106,8 +106,11 @@ def main() -> None:
         return
     ship_scorers(out, into)
     reports = ship_loras(out, into)
-    base = json.loads((out / "recipe.json").read_text())
-    (into / "recipe.json").write_text(json.dumps({"base": base, "loras": reports}, indent=1) + "\n")
+    recipe = {"base": json.loads((out / "recipe.json").read_text())}
+    for name in ("vae", "recogniser", "clip", "dino", "check"):
+        if (out / name / "training.json").exists():
+            recipe[name] = json.loads((out / name / "training.json").read_text())
+    (into / "recipe.json").write_text(json.dumps(recipe | {"loras": reports}, indent=1) + "\n")
     n_bytes = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
     print(f"{n_bytes / 1e6:.2f} MB of {LIMIT_BYTES / 1e6:.0f} MB")
     if n_bytes > LIMIT_BYTES:
