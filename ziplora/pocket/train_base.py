@@ -36,7 +36,7 @@ TRAINED = ("unet", "text_encoder", "text_encoder_2")
 @dataclass(frozen=True, slots=True)
 class Recipe:
     pictures: int = 100_000
-    vae_steps: int = 1700
+    vae_steps: int = 2750
     vae_batch: int = 16
     steps: int = 10_000
     batch: int = 48
