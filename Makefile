@@ -30,13 +30,10 @@ lint: venv
 
 # a grid merged on this machine's CPU by the production path; everything is left in $(DEST)
 demo: venv
-	mkdir -p $(DEST)
-	test -f $(DEST)/.built || $(BIN)/python -m tests.grid $(DEST)
-	touch $(DEST)/.built
-	cp manifests/demo.yaml $(DEST)/manifest.yaml
-	$(BIN)/ziplora run $(DEST)/manifest.yaml --workers 2
-	@echo "The merged LoRAs and images are in $(DEST)/catalog. To copy them out under readable names:"
-	@echo "  $(BIN)/ziplora pull $(DEST)/catalog $(DEST)/pulled --samples"
+	$(BIN)/ziplora run manifests/demo.yaml --output $(DEST) --workers 2
+	$(BIN)/ziplora sheet $(DEST) $(DEST)/sheet.png
+	@echo "Look at $(DEST)/sheet.png; all pictures and merged LoRAs are in $(DEST). To copy them out under readable names:"
+	@echo "  $(BIN)/ziplora pull $(DEST) somewhere --samples"
 
 bench: venv
 	$(BIN)/python -m tests.bench.true_size

@@ -1,7 +1,6 @@
 """A small world on disk for tests of the service: a random tiny SDXL, LoRAs in every layout, reference images,
 manifests over them."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +61,3 @@ def build_grid(root: Path) -> Grid:
                 root / f"{id}.png"
             )
     return Grid(root)
-
-
-if __name__ == "__main__":
-    build_grid(Path(sys.argv[1]))
