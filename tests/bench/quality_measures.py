@@ -314,10 +314,10 @@ def nearest(pictures: Sequence[Image.Image], truths: Sequence[Image.Image]) -> f
 
 
 def digest_of(*places: Path) -> str:
-    """sha256 over files and all files of directories: names and bytes."""
+    """sha256 over files, and over all safetensors of directories: names and bytes."""
     total = hashlib.sha256()
     for place in places:
-        for path in sorted(path for path in (place, *place.rglob("*")) if path.is_file()):
+        for path in sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]:
             total.update(path.relative_to(place.parent).as_posix().encode())
             total.update(hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()

@@ -37,7 +37,8 @@ SCALE = {"eq3": 1000.0}
 SHARES = {"both", "subject_right", "style_right", "recontext_both", "recontext_extra", "subject_alone", "style_alone"}
 SECONDS = {"merge_cpu_s", "calibration_cpu_s"}
 LEGEND = """\
-Means over pairs with 95 % intervals from a bootstrap over subjects and styles.
+Means over pairs with 95 % intervals from a bootstrap over subjects and styles. runs: pairs × seeds; a pair's seeds are
+averaged first. A pair works if both are right in at least half of its samples.
 
 - style × subject: harmonic mean, pair by pair, of style alignment (CLIP image features, samples × style reference) and
   subject alignment (DINO's stand-in, samples × subject pictures). text: CLIP, samples × plain-word caption.
@@ -75,8 +76,8 @@ def _key(record: Record) -> tuple[str, str, int]:
 
 
 def summary(records: Sequence[Record], variants: Sequence[str], against: Sequence[str]) -> dict[str, Any]:
-    """Per variant: an interval of every measure, the number of pairs and seeds, the pairs that work (both right in at
-    least half of the samples), and differences to the variants in `against`."""
+    """Per variant: an interval of every measure, the number of pairs and of runs (pairs × seeds), the pairs that work
+    (both right in at least half of the samples), and differences to the variants in `against`."""
     table = {}
     for variant in variants:
         mine = [record for record in records if record["variant"] == variant]
@@ -85,6 +86,7 @@ def summary(records: Sequence[Record], variants: Sequence[str], against: Sequenc
         both = cells(mine, variant, "both")
         table[variant] = {
             "pairs": len(both),
+            "runs": len(mine),
             "seeds": sorted({record["seed"] for record in mine}),
             "pairs_that_work": sum(share >= 0.5 for share in both.values()),
             "measures": {name: clustered(found).as_dict() for name in COLUMNS if (found := cells(mine, variant, name))},
@@ -105,11 +107,15 @@ def markdown(table: Mapping[str, Any], title: str) -> str:
     lines = [f"# {title}", "", *LEGEND.splitlines(), ""]
     groups = (tuple(COLUMNS)[:7], tuple(COLUMNS)[7:12], tuple(COLUMNS)[12:])
     for group in groups:
-        lines += ["| method | pairs × seeds | " + " | ".join(COLUMNS[name] for name in group) + " |"]
+        lines += ["| method | pairs, runs, pairs that work | " + " | ".join(COLUMNS[name] for name in group) + " |"]
         lines += ["|---|---|" + "---|" * len(group)]
         for variant, row in table.items():
             values = [_shown(name, row["measures"].get(name)) for name in group]
-            lines.append(f"| `{variant}` | {row['pairs']} × {len(row['seeds'])} | " + " | ".join(values) + " |")
+            lines.append(
+                f"| `{variant}` | {row['pairs']}, {row['runs']}, {row['pairs_that_work']} | "
+                + " | ".join(values)
+                + " |"
+            )
         lines.append("")
     for other in dict.fromkeys(other for row in table.values() for other in row["minus"]):
         lines += [f"Difference to `{other}` on the same pairs and seeds:", ""]
