@@ -12,13 +12,15 @@ from math import prod
 
 from service.jobs import Concept, Job, SampleSettings
 from ziplora.layouts import ModuleKeys, is_target
-from ziplora.methods import METHODS, CalibrationSettings
+from ziplora.methods import METHODS, SELF_IMAGES, SELF_STEPS, CalibrationSettings
 
 TOKENS = 77  # CLIP's prompt length
 DEVICE_FLOPS = 0.4 * 989e12  # 40 % of an H100's dense bf16 rate, as reached by diffusion models in practice
 DEVICE = "one H100 at 40 % of its bf16 rate"
 BACKWARD = 2.18  # merged forward and backward to the mergers only, in base forwards: 14.73 / 6.76 TFLOP at 1024²
-SELF_CALLS = 4 * 25 * 2  # UNet calls to sample a LoRA's own images where it has none: images × steps × guidance
+SELF_CALLS = SELF_IMAGES * SELF_STEPS * 2  # UNet calls where a LoRA has no images: with and without the prompt
+    SELF_IMAGES * SELF_STEPS * 2
+)  # UNet calls to sample a LoRA's own images where it has none: images × steps × guidance
 HEADER_BYTES = 140  # of a safetensors header per tensor: its name, shape and offsets
 PNG_BYTES_PER_PIXEL = 1.6  # sampled photographs; drawings take less
 
@@ -150,7 +152,7 @@ def time_of(jobs: Iterable[Job], shapes: Shapes, default_size: int, factor: int)
         if settings:
             side = settings.size or default_size
             for concept in (job.subject, job.style):
-                own = 0.0 if concept.images else SELF_CALLS * flop(default_size, default_size)
+                own = 0.0 if concept.images else SELF_CALLS * flop(side, side)
                 observed[concept, settings] = settings.draws * flop(side, side) + own
             updates = int(job.knobs.get("steps", 0)) * int(job.knobs.get("batch", 1))
             merge += 2 * updates * BACKWARD * flop(side, side)

@@ -18,13 +18,10 @@ from torch import Tensor
 
 from ziplora.base import Base, Conditioning
 from ziplora.lora import LoRA, digest
-from ziplora.methods import CalibrationSettings
+from ziplora.methods import SELF_GUIDANCE, SELF_IMAGES, SELF_STEPS, CalibrationSettings
 from ziplora.sample import sample_latents
 
 TEACHER_ROWS = 4  # predictions per forward pass
-SELF_IMAGES = 4  # as many as a typical subject's reference set
-SELF_STEPS = 25
-SELF_GUIDANCE = 5.0
 
 Source = Literal["images", "self-generated"]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ziplora.calibrate import Calibration
-from ziplora.lora import LoRA, Mergers, max_rank, scaled, stacked
+from ziplora.lora import LoRA, Mergers, max_rank, stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,9 @@ class Merged:
     mergers: Mergers | None
     report: Mapping[str, Any]
 
-    def lora(self, style_strength: float = 1.0) -> LoRA:
-        """The merged LoRA. In every module the subject's rows come first, `subject_rank` of them."""
-        style = self.style if style_strength == 1.0 else scaled(self.style, style_strength)
-        return stacked([self.subject, style])
+    def lora(self) -> LoRA:
+        """The merged LoRA. In every module the first `subject_rank` rows are the subject's: see `lora.restyled`."""
+        return stacked([self.subject, self.style])
 
     @property
     def subject_rank(self) -> int:

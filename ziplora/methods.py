@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from ziplora.base import Base
     from ziplora.merged import Merged, Pair
 
+# What a LoRA without reference images generates of itself to be observed on: as many as a typical subject has images.
+SELF_IMAGES = 4
+SELF_STEPS = 25
+SELF_GUIDANCE = 5.0
 ZIPLORA_PAPER = "https://arxiv.org/abs/2311.13600"
 
 
