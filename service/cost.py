@@ -19,8 +19,6 @@ DEVICE_FLOPS = 0.4 * 989e12  # 40 % of an H100's dense bf16 rate, as reached by 
 DEVICE = "one H100 at 40 % of its bf16 rate"
 BACKWARD = 2.18  # merged forward and backward to the mergers only, in base forwards: 14.73 / 6.76 TFLOP at 1024²
 SELF_CALLS = SELF_IMAGES * SELF_STEPS * 2  # UNet calls where a LoRA has no images: with and without the prompt
-    SELF_IMAGES * SELF_STEPS * 2
-)  # UNet calls to sample a LoRA's own images where it has none: images × steps × guidance
 HEADER_BYTES = 140  # of a safetensors header per tensor: its name, shape and offsets
 PNG_BYTES_PER_PIXEL = 1.6  # sampled photographs; drawings take less
 
