@@ -81,6 +81,9 @@ def train(
 ) -> int:
     """Train a LoRA (DreamBooth) on IMAGES: a directory of pictures of one subject, or a picture in one style.
 
+    dog.txt beside dog.png is that picture's own caption, in place of the prompt. Pictures in different looks, each
+    named in its caption, make a subject that carries into other styles.
+
     Running the same command again after a stop goes on from the last checkpoint, which lies beside the output.
     """
     from service.training import Previews, TrainingRun, is_done, make_order
@@ -98,7 +101,9 @@ def train(
         say(f"nothing to do: {out} is there already, trained like this to the end ({settings.steps} steps)")
         return 0
     beside = f"; not looked at: {', '.join(path.name for path in order.left_out)}" if order.left_out else ""
-    say(f"training on {len(order.images)} pictures of {images}{beside}")
+    own = sum(caption != settings.prompt for caption in order.captions)
+    captions = f"; {own} with captions of their own" if own else ""
+    say(f"training on {len(order.images)} pictures of {images}{captions}{beside}")
     if settings.prior_prompt:
         say(f"the base makes {settings.prior_images} pictures of '{settings.prior_prompt}' first")
     previews = Previews(preview, preview_every, preview_steps)

@@ -16,7 +16,7 @@ from service.files import local_errors, make_directories, replacing
 from service.images import check_image
 from ziplora.errors import LoRAError
 from ziplora.layouts import read_header_file
-from ziplora.train_settings import TrainSettings, image_paths
+from ziplora.train_settings import TrainSettings, image_paths, read_captions
 
 REQUEST_KEY = "ziplora.train.request"  # of the output's header: what was asked for, as JSON
 
@@ -26,6 +26,7 @@ class Order:
     """What is to be trained, checked. `request`: all that decides the result, as JSON values, by name."""
 
     images: tuple[Path, ...]
+    captions: tuple[str, ...]  # of each image
     left_out: tuple[Path, ...]  # other files of the directory
     base: BaseFiles
     settings: TrainSettings
@@ -70,17 +71,21 @@ def make_order(
         raise BadInput(f"{out} does not end in .safetensors, which is what will be written; name it so")
     try:
         paths = image_paths(images)
+        captions = read_captions(paths, settings)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
     digests = [_check_picture(path) for path in paths]
     files = read_base(base, revision, download=download)
     if settings.size is not None and settings.size % files.size_step:
         raise BadInput(f"{settings.size} pixels do not fit the base; expected a multiple of {files.size_step}")
-    beside = set(images.iterdir()) - set(paths) if images.is_dir() else set()
-    request = {**asdict(settings), "images": digests, "base": files.digest}
+    used = {*paths, *(path.with_suffix(".txt") for path in paths)}
+    beside = set(images.iterdir()) - used if images.is_dir() else set()
+    request = {**asdict(settings), "images": digests, "captions": captions, "base": files.digest}
     with local_errors(out.parent):
         make_directories(out.parent)
-    return Order(tuple(paths), tuple(sorted(beside)), files, settings, out, json.loads(json.dumps(request)))
+    return Order(
+        tuple(paths), tuple(captions), tuple(sorted(beside)), files, settings, out, json.loads(json.dumps(request))
+    )
 
 
 def is_done(order: Order) -> bool:
@@ -171,7 +176,7 @@ class TrainingRun:
             except (OSError, ValueError) as error:
                 raise BadInput(f"base {order.base.location} does not load: {str(error).splitlines()[0]}") from error
             pictures = [image for path in order.images for image in read_images(path)]
-            self.training = Training(base, pictures, order.settings)
+            self.training = Training(base, pictures, order.settings, captions=order.captions)
         if state is not None:
             self._restore(state)
         else:

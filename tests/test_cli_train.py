@@ -70,6 +70,16 @@ def test_from_pictures_to_a_lora_that_knows_how_it_was_made(place: Path) -> None
     assert "was trained with other steps: name another, or --overwrite it" in other.stderr
 
 
+def test_a_caption_beside_a_picture_takes_the_place_of_the_prompt(place: Path) -> None:
+    (place / "gem/cat.txt").write_text("sks gem in oil style")
+    done = ziplora(*arguments(place, steps=1))
+    assert done.returncode == 0, done.stderr
+    assert "training on 3 pictures" in done.stdout
+    assert "; 1 with captions of their own; not looked at: notes.txt" in done.stdout
+    (place / "gem/cat.txt").write_text("a cat")
+    refused(ziplora(*arguments(place)), "cat.txt, 'a cat', does not contain the trigger 'sks gem'")
+
+
 def test_killed_and_run_again_gives_the_bytes_of_a_training_in_one_go(place: Path) -> None:
     whole = ziplora(*arguments(place, "whole/gem.safetensors", steps=8))
     assert whole.returncode == 0, whole.stderr

@@ -11,6 +11,7 @@ from ziplora import pocket
 from ziplora.base import Base, load_base
 from ziplora.pocket import train_loras
 from ziplora.train import Training, TrainSettings, read_images
+from ziplora.train_settings import read_captions
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +94,31 @@ def test_prior_preservation_adds_its_own_term(base: Base) -> None:
         assert training.prior is not None
         assert training.prior[0].shape == (1, 4, 12, 12)
         assert next(iter(training)).loss != without
+
+
+def test_captions_of_their_own_decide_what_each_picture_teaches(base: Base, tmp_path: Path) -> None:
+    images = train_loras.subject_task("guitar").images()[:2]
+    settings = TrainSettings("a photo of a sks", "sks", rank=2, steps=2, lr=1e-3)
+
+    def losses(captions: list[str] | None) -> list[float]:
+        with Training(base, images, settings, captions=captions) as training:
+            return [step.loss for step in training]
+
+    plain = losses(None)
+    assert losses([settings.prompt] * 2) == plain
+    assert losses(["a sks in pixel style"] * 2) != plain
+    with pytest.raises(ValueError, match="1 captions for 2 pictures"):
+        losses(["a sks"])
+
+
+def test_captions_are_read_from_text_files_beside_the_pictures(tmp_path: Path) -> None:
+    settings = TrainSettings("a photo of a sks", "sks")
+    paths = [tmp_path / "1.png", tmp_path / "2.png"]
+    (tmp_path / "2.txt").write_text("a sks in pixel style\n")
+    assert read_captions(paths, settings) == ["a photo of a sks", "a sks in pixel style"]
+    (tmp_path / "2.txt").write_text("a guitar in pixel style")
+    with pytest.raises(ValueError, match=r"2\.txt, 'a guitar in pixel style', does not contain the trigger 'sks'"):
+        read_captions(paths, settings)
+    (tmp_path / "2.txt").write_bytes(b"\xff\xfe sks")
+    with pytest.raises(ValueError, match="cannot be read as text"):
+        read_captions(paths, settings)

@@ -84,16 +84,27 @@ class Training:
     """
 
     def __init__(
-        self, base: Base, images: Sequence[Image.Image], settings: TrainSettings, prior: Prior | None = None
+        self,
+        base: Base,
+        images: Sequence[Image.Image],
+        settings: TrainSettings,
+        prior: Prior | None = None,
+        captions: Sequence[str] | None = None,
     ) -> None:
-        """`prior`: in place of samples of `settings.prior_prompt`, which several trainings can so share."""
+        """`prior`: in place of samples of `settings.prior_prompt`, which several trainings can so share. `captions`:
+        one for each image, in place of the one prompt."""
         if not images:
             raise ValueError("no pictures to train on")
+        if captions is not None and len(captions) != len(images):
+            raise ValueError(f"{len(captions)} captions for {len(images)} pictures")
         self.base, self.settings = base, settings
         self.side = settings.size or base.default_size
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.latents = base.encode_images(images, self.side, self.side)
-        self.conditioning = base.encode_prompts([settings.prompt])
+        self.captions = tuple(captions or [settings.prompt] * len(images))
+        distinct = list(dict.fromkeys(self.captions))
+        self.conditioning = base.encode_prompts(distinct)
+        self._caption_of = torch.tensor([distinct.index(caption) for caption in self.captions], device=base.device)
         if prior is None and settings.prior_prompt is not None:
             prior = sample_prior(base, [settings.prior_prompt] * settings.prior_images, self.side)
         self.prior = None if prior is None else (prior.latents, base.encode_prompts(prior.prompts))
@@ -159,7 +170,12 @@ class Training:
     def identity(self) -> str:
         """Digest of everything that decides the result but the base's weights."""
         sha = hashlib.sha256(repr(sorted(asdict(self.settings).items())).encode())
-        for tensor in (self.latents, self.conditioning.embeds, *([] if self.prior is None else [self.prior[0]])):
+        for tensor in (
+            self.latents,
+            self._caption_of,
+            self.conditioning.embeds,
+            *([] if self.prior is None else [self.prior[0]]),
+        ):
             sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return sha.hexdigest()
 
@@ -228,8 +244,8 @@ class Training:
     def _loss(self) -> Tensor:
         """‖ε(x_t, p) − ε‖², with prior preservation + weight·‖ε(x'_t, p') − ε'‖² on the base's pictures x' of p'."""
         settings = self.settings
-        latents = [self.latents[self._draw(len(self.latents))]]
-        conditionings = [self.conditioning.repeat(settings.batch)]
+        drawn = self._draw(len(self.latents))
+        latents, conditionings = [self.latents[drawn]], [self.conditioning.rows(self._caption_of[drawn])]
         if self.prior is not None:
             rows = self._draw(len(self.prior[0]))
             latents.append(self.prior[0][rows])

@@ -1,6 +1,7 @@
 """What a LoRA is trained with and on, as values. Nothing heavy is imported: a command line reads its defaults here."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,3 +48,22 @@ def image_paths(location: str | Path) -> list[Path]:
     if not paths:
         raise ValueError(f"no pictures in {place}: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     return paths
+
+
+def read_captions(paths: Sequence[Path], settings: TrainSettings) -> list[str]:
+    """What each picture shows: the text of `dog.txt` beside `dog.png`, as kohya's trainer reads it, else the prompt.
+
+    Captions that name what else is seen ("a sks dog in watercolour style", "a sks dog on a beach") keep it out of what
+    the trigger stands for. ValueError for one that cannot be read or lacks the trigger.
+    """
+    captions = []
+    for path in paths:
+        file = path.with_suffix(".txt")
+        try:
+            caption = file.read_text(encoding="utf-8").strip() if file.is_file() else settings.prompt
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the caption {file} cannot be read as text: {error}") from error
+        if settings.trigger not in caption:
+            raise ValueError(f"the caption {file}, {caption!r}, does not contain the trigger {settings.trigger!r}")
+        captions.append(caption)
+    return captions
