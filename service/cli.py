@@ -21,6 +21,8 @@ from rich.table import Table
 
 from service import events
 from service.catalog import Catalog
+from service.cli_catalog import COMMANDS as CATALOG_COMMANDS
+from service.cli_options import CATALOG_HELP, filtered, open_catalog
 from service.cli_train import train
 from service.console import (
     ERR,
@@ -36,8 +38,6 @@ from service.console import (
 from service.entry import alignments
 from service.errors import NotFound, ServiceError, StorageError
 from ziplora.errors import LoRAError
-
-CATALOG_HELP = "CATALOG is a directory or s3://bucket/prefix."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -446,18 +446,8 @@ class RunProgress:
 
 # The catalog
 
-
-filters = [
-    click.option("--subject", default="*", help="Pattern of subject ids, such as 'dog*'."),
-    click.option("--style", default="*", help="Pattern of style ids."),
-    click.option("--method", default="*", help="Pattern of merge methods."),
-]
-
-
-def filtered(command: Any) -> Any:
-    for option in reversed(filters):
-        command = option(command)
-    return command
+for command in CATALOG_COMMANDS:
+    cli.add_command(command)
 
 
 @cli.command(epilog=CATALOG_HELP)
@@ -532,52 +522,6 @@ def show(catalog: str, job: str) -> None:
 
 @cli.command(epilog=CATALOG_HELP)
 @click.argument("catalog")
-@click.argument("dest", type=click.Path(file_okay=False, path_type=Path))
-@filtered
-@click.option("--samples", is_flag=True, help="All sample images too, not only the preview.")
-@click.option("--mergers", is_flag=True, help="The merger coefficients too.")
-def pull(catalog: str, dest: Path, subject: str, style: str, method: str, samples: bool, mergers: bool) -> int:
-    """Copy merged LoRAs from CATALOG to the directory DEST, verified; run again to go on after a cut."""
-    extras = [*(["samples/*"] if samples else []), *(["mergers.safetensors"] if mergers else []), "peft.safetensors"]
-    steps = open_catalog(catalog).pull(dest, subject, style, method, extras)
-    if not len(steps):
-        raise NotFound(
-            f"{catalog} has nothing that matches subject {subject}, style {style}, method {method}:"
-            f" `ziplora ls {catalog}` lists what it has"
-        )
-    counts: dict[str, int] = {}
-    n_bytes = 0
-    for pulled in tracked(steps, "pulling"):
-        counts[pulled.state] = counts.get(pulled.state, 0) + 1
-        n_bytes += pulled.size if pulled.state in ("pulled", "resumed") else 0
-        if pulled.problem:
-            complain(f"{pulled.path.name}: {pulled.problem}", "refused")
-    OUT.print(
-        f"{dest}: "
-        + ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
-        + f" ({size_text(n_bytes)})",
-        soft_wrap=True,
-    )
-    return 1 if counts.get("failed") else 0
-
-
-@cli.command(epilog=CATALOG_HELP)
-@click.argument("catalog")
-@filtered
-def verify(catalog: str, subject: str, style: str, method: str) -> int:
-    """Read every object of CATALOG and compare it with the sha256 in its entry."""
-    bad = n = 0
-    for checked in tracked(open_catalog(catalog).verify(subject, style, method), "verifying"):
-        n += 1
-        if checked.problem:
-            bad += 1
-            OUT.print(f"{checked.key}: {checked.problem}", soft_wrap=True)
-    OUT.print(f"{n} objects, {bad} not as promised")
-    return 1 if bad else 0
-
-
-@cli.command(epilog=CATALOG_HELP)
-@click.argument("catalog")
 @click.argument("picture", type=click.Path(dir_okay=False, path_type=Path))
 @filtered
 @click.option("--cell", default=128, type=click.IntRange(16, 1024), show_default=True, help="Pixels of each picture.")
@@ -604,9 +548,3 @@ def index(catalog: str) -> None:
     for record in summary.unreadable:
         left_out(record)
     OUT.print(f"{summary.entries} merges, {summary.failures} given up, digest {summary.digest}", soft_wrap=True)
-
-
-def open_catalog(location: str) -> Catalog:
-    catalog = Catalog(location)
-    catalog.store.probe(write=False)
-    return catalog
