@@ -4,7 +4,7 @@
     pairs/<job_id>/<attempt>/<name>        the objects that an attempt left; only those that an entry names count
     failures/<job_id>.json                 given up, with the reason
     runs/<run_id>/…                        what a run leaves about itself
-    index.parquet, index.json              derived from the above, rebuilt at any time
+    index/…, index.json                    derived from the above, brought up to date at any time; see index.py
 
 Entries lie apart from their objects so that resuming lists entries only: a catalog of 100,000 jobs with nine objects
 each is taken up again with 100 list requests instead of 900.
@@ -202,13 +202,11 @@ class Catalog:
 
     # What is derived, and what is taken out
 
-    def build_index(self) -> "IndexSummary":
-        """Write index.parquet and index.json from what is stored now."""
-        from service.index import write_index
+    def build_index(self, *, rebuild: bool = False) -> "IndexSummary":
+        """Bring the index up to date: only entries that it lacks are read, or all of them with `rebuild`."""
+        from service.index import update_index
 
-        unreadable: list[Unreadable] = []
-        entries, failures = self.entries(unreadable.append), self.failures(unreadable.append)
-        return write_index(self.store, entries, failures, unreadable)
+        return update_index(self, rebuild=rebuild)
 
     def verify(self, subject: str = "*", style: str = "*", method: str = "*") -> Steps[Checked]:
         """One step per object, held against the sha256 and size in its entry, and per entry that cannot be read."""

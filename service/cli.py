@@ -23,6 +23,7 @@ from service import events
 from service.catalog import Catalog
 from service.cli_catalog import COMMANDS as CATALOG_COMMANDS
 from service.cli_options import CATALOG_HELP, filtered, open_catalog
+from service.cli_pages import COMMANDS as PAGE_COMMANDS
 from service.cli_train import train
 from service.console import (
     ERR,
@@ -446,7 +447,7 @@ class RunProgress:
 
 # The catalog
 
-for command in CATALOG_COMMANDS:
+for command in (*CATALOG_COMMANDS, *PAGE_COMMANDS):
     cli.add_command(command)
 
 
@@ -538,13 +539,3 @@ def sheet(catalog: str, picture: Path, subject: str, style: str, method: str, ce
     except (OSError, ValueError) as error:
         raise click.UsageError(f"{picture} cannot be written: {error}") from error
     OUT.print(f"{picture}: {len({(e.subject, e.style) for e in entries})} pairs", soft_wrap=True)
-
-
-@cli.command(epilog=CATALOG_HELP)
-@click.argument("catalog")
-def index(catalog: str) -> None:
-    """Make index.parquet and index.json of CATALOG again from its entries."""
-    summary = open_catalog(catalog).build_index()
-    for record in summary.unreadable:
-        left_out(record)
-    OUT.print(f"{summary.entries} merges, {summary.failures} given up, digest {summary.digest}", soft_wrap=True)

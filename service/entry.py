@@ -110,16 +110,25 @@ def check_object_name(name: str) -> str:
 
 
 def digest_of(entries: Iterable[Entry]) -> str:
-    """sha256 over job ids and (name, sha256) of their objects, sorted: equal content, equal digest."""
-    return digest_of_lines([digest_line(entry) for entry in entries])
+    """sha256 over job ids and (name, sha256) of their objects: equal content, equal digest. See `digest_of_groups`."""
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        groups.setdefault(entry.job_id[:2], []).append(digest_line(entry.job_id, entry.objects.values()))
+    return digest_of_groups({group: digest_of_lines(lines) for group, lines in groups.items()})
 
 
-def digest_line(entry: Entry) -> str:
-    return f"{entry.job_id} {json.dumps(sorted((item.name, item.sha256) for item in entry.objects.values()))}"
+def digest_line(job_id: str, objects: Iterable[Object]) -> str:
+    return f"{job_id} {json.dumps(sorted((item.name, item.sha256) for item in objects))}"
 
 
 def digest_of_lines(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def digest_of_groups(groups: Mapping[str, str]) -> str:
+    """A tree: entries whose ids begin with the same two digits are hashed first, so that an index need not read all of
+    100,000 again to know the whole."""
+    return digest_of_lines([f"{group} {digest}" for group, digest in groups.items()])
 
 
 def write_entry(entry: Entry) -> bytes:

@@ -42,7 +42,7 @@ def test_run_then_look_around_then_pull(grid: Grid) -> None:
     (record,) = (root / "catalog/runs").iterdir()
     assert {path.name for path in record.iterdir()} == {"manifest.yaml", "metrics.prom", "summary.json"}
     assert 'ziplora_jobs{state="committed"} 4.0' in (record / "metrics.prom").read_text()
-    assert (root / "catalog/index.parquet").exists()
+    assert (root / "catalog/index/all.parquet").exists()
 
     pulled = ziplora("pull", root / "catalog", root / "pulled", "--subject", "d*", "--style", "i*", "--samples")
     assert pulled.returncode == 0, pulled.stderr

@@ -16,8 +16,14 @@ OWNERS = {
     "prometheus_client": {"service/metrics.py"},
     "yaml": {"service/yaml_text.py"},
     "pydantic": {"service/manifest_file.py", "service/worker.py"},  # where knobs enter the manifest, and the worker
-    "pyarrow": {"service/index.py"},
-    "click": {"service/cli.py", "service/cli_catalog.py", "service/cli_options.py", "service/cli_train.py"},
+    "pyarrow": {"service/index.py", "service/index_rows.py"},
+    "click": {
+        "service/cli.py",
+        "service/cli_catalog.py",
+        "service/cli_options.py",
+        "service/cli_pages.py",
+        "service/cli_train.py",
+    },
     "rich": {"service/cli.py", "service/console.py"},
     "peft": {"ziplora/train.py"},
     "safetensors": {"ziplora/formats.py"},
