@@ -108,6 +108,39 @@ def test_merges_side_by_side_equal_each_alone(base: Base) -> None:
 
 
 @torch.no_grad()
+def test_a_fused_lora_is_w0_plus_delta_and_leaves_nothing_behind(base: Base) -> None:
+    rows = inputs(base)
+    weights = {path: (slot.weight, slot.weight.clone()) for path, slot in base.slots.layers.items()}
+    lora = random_lora(base.slots, components="all", drop=3)
+    lora = LoRA({path: layer for path, layer in lora.layers.items() if path.startswith("unet.")})
+    expected = dense_prediction(base, lora, rows)
+    base.slots.load([[random_lora(base.slots, seed=9)]])
+    with base.slots.fused(lora):
+        torch.testing.assert_close(base.predict_noise(*rows), expected, rtol=0, atol=1e-11)
+        assert all(torch.equal(own, copy) for own, copy in weights.values())
+    with pytest.raises(RuntimeError, match="half way"), base.slots.fused(lora):
+        raise RuntimeError("half way")
+    assert all(base.slots.layers[path].weight is own for path, (own, _) in weights.items())
+    assert all(torch.equal(own, copy) for own, copy in weights.values())
+    wrong = LoRA({**lora.layers, "unet.nowhere": Layer(torch.zeros(2, 5), torch.zeros(7, 2))})
+    with pytest.raises(ShapeMismatch), base.slots.fused(wrong):
+        pass
+    assert all(base.slots.layers[path].weight is own for path, (own, _) in weights.items())
+
+
+@torch.no_grad()
+def test_a_lora_fused_into_bf16_is_rounded_once() -> None:
+    base = resident(tiny_sdxl(torch.bfloat16))
+    lora = random_lora(base.slots, rank=16, dtype=torch.float32)
+    for path, layer in lora.layers.items():
+        own = base.slots.layers[path].weight
+        exact = own.double() + delta(layer).double()
+        with base.slots.fused(LoRA({path: layer})):
+            error = (base.slots.layers[path].weight.double() - exact).abs()
+        assert (error <= exact.abs() * 2**-7.99 + 1e-9).all()  # half a unit in the last place
+
+
+@torch.no_grad()
 def test_text_encoder_parts_act_while_loaded(base: Base) -> None:
     plain = base.encode_prompts(["a cat"]).embeds
     lora = random_lora(base.slots, components="all")

@@ -1,6 +1,7 @@
 """A base model (SDXL or SD 1.5), loaded once and kept: prompts and images in, noise predictions out, LoRA slots in
 every layer."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,10 @@ from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline,
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ziplora.lora import LoRA, digest
 from ziplora.slots import Slots
+
+PROMPTS_KEPT = 256  # 77 tokens × 2048 values in bf16: 81 MB on SDXL
 
 Architecture = Literal["sdxl", "sd15"]
 PIPELINES: dict[type[DiffusionPipeline], Architecture] = {
@@ -50,6 +54,8 @@ class Base:
     architecture: Architecture
     slots: Slots
     alphas_cumprod: Tensor = field(repr=False)  # [training timesteps], fp32
+    prompts: OrderedDict[tuple[str, str | None], Conditioning] = field(default_factory=OrderedDict, repr=False)
+    _compiled: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def unet(self) -> Any:
@@ -80,6 +86,21 @@ class Base:
         )
         return Conditioning(encoded[0], encoded[2] if self.architecture == "sdxl" else None)
 
+    def encode_prompt(self, prompt: str, text_lora: LoRA | None = None) -> Conditioning:
+        """One prompt, as the text encoders see it with `text_lora` (the text-encoder part of a LoRA; None for the
+        base's own).
+
+        A grid repeats its prompts: the last PROMPTS_KEPT are remembered, by their text and the LoRA's content.
+        """
+        key = (prompt, None if text_lora is None else digest(text_lora))
+        if key not in self.prompts:
+            with self.slots.fused(text_lora or LoRA({})):
+                self.prompts[key] = self.encode_prompts([prompt])
+            while len(self.prompts) > PROMPTS_KEPT:
+                self.prompts.popitem(last=False)
+        self.prompts.move_to_end(key)
+        return self.prompts[key]
+
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image], width: int, height: int) -> Tensor:
         """[images, channels, height/f, width/f] scaled latents: the mode of the VAE's posterior, so that a seed
@@ -102,18 +123,31 @@ class Base:
         alpha = self.alphas_cumprod.to(latents.device, torch.float64)[timesteps.to(latents.device)].view(-1, 1, 1, 1)
         return (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(latents.dtype)
 
-    def predict_noise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict_noise(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, backend: str | None = None
+    ) -> Tensor:
         """ε(x_t, p) of the model with what its slots hold; [n, c, h, w]. v-prediction bases give v: Eq. 3 compares
-        like with like."""
+        like with like. `backend`: of torch.compile ("inductor"); None runs the model as it is."""
         added = None
         if conditioning.pooled is not None:
             height, width = (side * self.pipeline.vae_scale_factor for side in noisy.shape[-2:])
             # original size, crop, target size: as sampled by default, uncropped
             time_ids = noisy.new_tensor([[height, width, 0, 0, height, width]]).expand(len(noisy), -1)
             added = {"text_embeds": conditioning.pooled, "time_ids": time_ids}
-        return self.unet(
-            noisy, timesteps.to(noisy.device), encoder_hidden_states=conditioning.embeds, added_cond_kwargs=added
-        ).sample
+        unet = self.unet if backend is None else self._compiled_unet(backend)
+        return unet(
+            noisy,
+            timesteps.to(noisy.device),
+            encoder_hidden_states=conditioning.embeds,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+
+    def _compiled_unet(self, backend: str) -> Any:
+        if backend not in self._compiled:
+            # static shapes: a picture size of its own is worth a compilation of its own
+            self._compiled[backend] = torch.compile(self.unet, backend=backend, dynamic=False)
+        return self._compiled[backend]
 
 
 def load_base(
