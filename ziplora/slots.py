@@ -254,7 +254,7 @@ def canonical_path(component: str, name: str) -> str:
 
 
 @torch.no_grad()
-def _plus_delta(weight: nn.Parameter, layer: Layer) -> nn.Parameter:
+def _plus_delta(weight: Tensor, layer: Layer) -> nn.Parameter:
     """W₀ + B·A in W₀'s shape and dtype. Summed in at least fp32, so that a bf16 base rounds once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     down, up = (tensor.flatten(1).to(weight.device, wide) for tensor in (layer.down, layer.up))
