@@ -19,13 +19,16 @@ import hashlib
 import logging
 import mimetypes
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from service.care import Checked, Garbage, collect, find_garbage, remove, verify
+from service.choose import BEST, Choice, choose, not_compared
+from service.compare import Copied, Difference, copy, differences
 from service.entry import (
     JOB_ID,
     MAX_BYTES,
@@ -40,15 +43,18 @@ from service.entry import (
     write_entry,
     write_failure,
 )
-from service.errors import AlreadyCommitted, Corrupted, NotFound, StorageError
-from service.pull import Checked, Pulled, pull, verify
+from service.errors import AlreadyCommitted, Corrupted, NotFound, StorageError, Unavailable
+from service.pull import Pulled, PullOptions, pull
 from service.steps import Steps, parallel
 from service.storage import LocalStore, Store, open_store
 
 if TYPE_CHECKING:
+    from service.client import Selection
     from service.index import IndexSummary  # imports pyarrow
 
 T = TypeVar("T", Entry, Failure)
+COMMIT_S = 3600.0  # from an attempt's first upload to its entry; `gc` leaves alone what is younger than twice this
+GARBAGE_S = 24 * 3600.0  # age at which garbage is collected unless told otherwise
 UPLOADS = 4  # objects of one entry at a time
 MAX_TRACEBACK = 100_000  # characters
 READS = 16  # small records at a time
@@ -114,16 +120,17 @@ class Catalog:
             raise ValueError(f"{job_id!r} is no job id: 64 hex digits")
         for name in files:
             check_object_name(name)
-        winner = self._existing(job_id)
+        winner = self.existing(job_id)
         if winner:
             raise AlreadyCommitted(f"job {job_id[:12]} is committed already, by attempt {winner.attempt}", winner)
         attempt = uuid.uuid4().hex[:16]
         entry = Entry(job_id, job, {}, report, attempt, datetime.now(UTC))
         write_entry(entry)  # TypeError before anything is uploaded
         objects = self._upload(job_id, attempt, files)
-        return self._publish(replace(entry, objects=objects))
+        return self.publish(replace(entry, objects=objects), entry.created)
 
-    def _existing(self, job_id: str) -> Entry | None:
+    def existing(self, job_id: str) -> Entry | None:
+        """`entry`, or None when the job is not committed."""
         try:
             return self.entry(job_id)
         except NotFound:
@@ -143,16 +150,27 @@ class Catalog:
             raise
         return {item.name: item for item in described}
 
-    def _publish(self, entry: Entry) -> Entry:
-        """Write the entry unless there is one, and find out which one stands."""
+    def publish(self, entry: Entry, began: datetime) -> Entry:
+        """Write the entry, whose objects are stored since `began` or later, unless there is one; the one that stands.
+
+        Raises AlreadyCommitted as `commit`, and Unavailable when more than COMMIT_S have passed: its objects may be
+        taken for garbage soon, so that they are given up and everything is to be stored anew.
+        """
         body = write_entry(entry)
         for _ in range(3):
             refused = False
+            taken_s = (datetime.now(UTC) - began).total_seconds()
+            if taken_s > COMMIT_S:
+                self._discard(entry.objects.values())
+                raise Unavailable(
+                    f"storing job {entry.job_id[:12]} in {self.store.url} took {taken_s:.0f} s,"
+                    f" at most {COMMIT_S:.0f} s are allowed: try again, with fewer uploads at a time"
+                )
             try:
                 self.store.put(entry_key(entry.job_id), body, content_type="application/json", create_only=True)
             except AlreadyCommitted:  # also the answer to a repeated request whose first answer was lost
                 refused = True
-            winner = self._existing(entry.job_id)
+            winner = self.existing(entry.job_id)
             if winner is None:  # a conflict between two writers in which neither was stored, or somebody removed it
                 continue
             if winner.attempt == entry.attempt:
@@ -197,6 +215,10 @@ class Catalog:
         done = self.committed() if failures else set()
         return (failure for failure in failures if failure.job_id not in done)
 
+    def given_up(self) -> set[str]:
+        """The ids of jobs with a record of failure, committed since or not, by one listing."""
+        return set(self._job_ids("failures/"))
+
     def clear_failure(self, job_id: str) -> None:
         self.store.delete(failure_key(job_id))
 
@@ -208,20 +230,88 @@ class Catalog:
 
         return update_index(self, rebuild=rebuild)
 
-    def verify(self, subject: str = "*", style: str = "*", method: str = "*") -> Steps[Checked]:
+    def verify(
+        self, subject: str = "*", style: str = "*", method: str = "*", known: Mapping[str, str] | None = None
+    ) -> Steps[Checked]:
         """One step per object, held against the sha256 and size in its entry, and per entry that cannot be read."""
         unreadable: list[Unreadable] = []
-        return verify(self.store, self.select(subject, style, method, unreadable.append), unreadable)
+        return verify(self.store, self.select(subject, style, method, unreadable.append), unreadable, known)
+
+    def garbage(self, older_than_s: float = GARBAGE_S, now: datetime | None = None) -> list[Garbage]:
+        """Attempts that no entry names and uploads that were never finished, older than this; nothing is removed.
+
+        ValueError for an age at which a commit may still be under way. Any number of runs may be at work meanwhile.
+        """
+        if older_than_s < 2 * COMMIT_S:
+            raise ValueError(
+                f"garbage is at least {2 * COMMIT_S:.0f} s old, not {older_than_s:.0f}: younger attempts may be at work"
+            )
+        now = now or datetime.now(UTC)
+        return list(find_garbage(self.store, self.committed(), self.existing, older_than_s, now))
+
+    def collect(self, garbage: Sequence[Garbage]) -> Steps[tuple[Garbage, bool]]:
+        """Remove what `garbage` found, one step each; False for what turned out to be in use."""
+        return Steps(len(garbage), lambda: collect(self.store, garbage, self.existing))
+
+    def remove(self, entries: Sequence[Entry]) -> Steps[Entry]:
+        """Take these entries back with their objects, one step each. The index is as it was: build it again."""
+        return remove(self.store, entry_key, entries)
+
+    def copy_to(self, dest: "Catalog", subject: str = "*", style: str = "*", method: str = "*") -> Steps[Copied]:
+        """Copy entries with their objects, one step per entry; what `dest` has is kept. See `compare.copy`."""
+        unreadable: list[Unreadable] = []
+        entries = self.select(subject, style, method, unreadable.append)
+        return copy(self.store, dest.store, entries, unreadable, dest.existing, dest.publish)
+
+    def differences(self, other: "Catalog") -> list[Difference]:
+        """What the two do not both hold with the same content. Corrupted when an entry cannot be read."""
+        return differences(self.entries(_refuse), other.entries(_refuse))
+
+    def choose(
+        self,
+        subject: str = "*",
+        style: str = "*",
+        method: str = "*",
+        *,
+        top: int | None = None,
+        by: str = "harmonic",
+        unreadable: Callable[[Unreadable], None] = warn,
+    ) -> Choice:
+        """As `select`; the method `best` stands for the best scored merge of each pair, `top` keeps the k best of all.
+
+        `by` is one of `choose.SCORES`.
+        """
+        best = method == BEST
+        return choose(self.select(subject, style, "*" if best else method, unreadable), best=best, top=top, by=by)
 
     def pull(
-        self, dest: Path, subject: str = "*", style: str = "*", method: str = "*", extras: Iterable[str] = ()
+        self,
+        dest: Path,
+        subject: str = "*",
+        style: str = "*",
+        method: str = "*",
+        extras: Iterable[str] = (),
+        *,
+        layout: str = "flat",
+        top: int | None = None,
+        by: str = "harmonic",
+        **options: Any,
     ) -> Steps[Pulled]:
         """One step per file: the merged LoRAs with their sidecars, under names that a person can read; see `pull.pull`.
 
-        `extras` are patterns of further objects: `samples/*`, `mergers.safetensors`, `peft.safetensors`.
+        `extras` are patterns of further objects: `samples/*`, `mergers.safetensors`, `peft.safetensors`; the other
+        options are those of `choose` and `PullOptions`.
         """
         unreadable: list[Unreadable] = []
-        return pull(self.store, self.select(subject, style, method, unreadable.append), unreadable, dest, extras)
+        choice = self.choose(subject, style, method, top=top, by=by, unreadable=unreadable.append)
+        wanted = PullOptions(layout=layout, extras=tuple(extras), **options)
+        return pull(self.store, choice.entries, dest, wanted, unreadable=unreadable, skipped=not_compared(choice))
+
+    def where(self, subject: str = "*", style: str = "*", method: str = "*", **chosen: Any) -> "Selection":
+        """The merges of `choose`, each with its LoRA as a local file: see `client.Selection`."""
+        from service.client import Selection
+
+        return Selection(self.store, self.choose(subject, style, method, **chosen).entries)
 
     # How it is stored
 

@@ -1,8 +1,8 @@
 """Files out of a catalog: under readable names, in parallel, resumed after a cut, and never complete unless verified.
 
 A catalog may be somebody else's. Its entries have been checked (`entry.py`); here, file names are made from scratch,
-nothing is written but below the destination, no more bytes are taken than an entry promises, and a file appears under
-its final name only when its sha256 is the entry's.
+nothing is written but below the destination, no more bytes are taken than an entry promises and the limit allows, and a
+file appears under its final name only when its sha256 is the entry's.
 """
 
 import contextlib
@@ -10,78 +10,101 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import threading
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
 from service.entry import Entry, Object, Unreadable
-from service.errors import Corrupted, NotFound, StorageError, StoreFull, Unavailable
-from service.files import local_errors, make_directories, settle, settle_directory
+from service.errors import Corrupted, StorageError, StoreFull, Unavailable
+from service.file_names import stems
+from service.files import local_errors, make_directories, replacing, settle, settle_directory
+from service.pull_layouts import Placed, Shown, placed
 from service.steps import Steps, parallel
 from service.storage import CHUNK, Store
+from ziplora.headers import LIMITS
 
 THREADS = 8
-NAME_BYTES = 60  # of each part of a file name: subject, style, method
+PART = ".part"  # suffix of a file that is being written
+
+State = Literal["pulled", "resumed", "kept", "skipped", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """What became of one file. `failed` carries the problem; nothing new then lies under the file's name."""
+    """What became of one file, or of an entry that has none to pull (skipped). `problem` says why it was skipped or
+    failed; nothing new then lies under the file's name."""
 
     path: Path
     job_id: str  # empty for an entry that cannot be read
-    name: str  # of the object in its entry
-    state: Literal["pulled", "resumed", "kept", "failed"]
+    name: str  # of the object in its entry; of the file, if it was made here
+    state: State
     size: int  # bytes of the file
     problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """One object of a catalog, sound unless there is a problem."""
+class PullOptions:
+    """`extras` are patterns of further objects, such as `samples/*`; `limit_bytes` holds for each file; `base_model` is
+    the hub id that model cards name."""
 
-    key: str
-    job_id: str
-    name: str
-    size: int  # bytes, as the entry says
-    problem: str | None = None
-
-
-def verify(store: Store, entries: Sequence[Entry], unreadable: Sequence[Unreadable] = ()) -> Steps[Checked]:
-    """Every object of these entries, read and compared. A store that does not answer ends it, all else is a result."""
-    objects = [(entry, item) for entry in entries for item in entry.objects.values()]
-
-    def check(work: tuple[Entry, Object]) -> Checked:
-        entry, item = work
-        return Checked(item.key, entry.job_id, item.name, item.size, _problem(store, item))
-
-    def start() -> Iterator[Checked]:
-        for record in unreadable:
-            yield Checked(record.key, "", "", 0, record.reason)
-        yield from parallel(check, objects, THREADS, ordered=False)
-
-    return Steps(len(objects) + len(unreadable), start)
+    layout: str = "flat"
+    extras: tuple[str, ...] = ()
+    limit_bytes: int = LIMITS.max_bytes  # the largest LoRA file that is ever read
+    base_model: str | None = None
 
 
-def _problem(store: Store, item: Object) -> str | None:
-    digest, size = hashlib.sha256(), 0
-    try:
-        for chunk in store.stream(item.key):
-            digest.update(chunk)
-            size += len(chunk)
-            if size > item.size:
-                break
-    except NotFound:
-        return "it is missing"
-    return _difference(item, size, digest.hexdigest())
+def pull(
+    store: Store,
+    entries: Sequence[Entry],
+    dest: Path,
+    options: PullOptions = PullOptions(),
+    *,
+    unreadable: Iterable[Unreadable] = (),
+    skipped: Iterable[tuple[Entry, str]] = (),
+) -> Steps[Pulled]:
+    """Copy the merged LoRAs of these entries, with their sidecars, to `dest`; running it again goes on where it
+    stopped.
+
+    One step per file, as they finish. A file that is there and has the right sha256 is kept; a `.part` is continued. A
+    problem with one file is its result and does not stop the others. ValueError for an unknown layout.
+    """
+    skipped, files = list(skipped), []
+    for entry, stem in zip(entries, stems(entries), strict=True):
+        found = placed(options.layout, entry, stem, options.extras, Shown(options.base_model))
+        files += [(entry, file) for file in found]
+        if not found:
+            skipped.append((entry, f"{entry.method} left no merged LoRA, only what `ziplora show` lists"))
+    before = [Pulled(dest, "", record.key, "failed", 0, record.reason) for record in unreadable]
+    before += [Pulled(dest, entry.job_id, "", "skipped", 0, reason) for entry, reason in skipped]
+    stop = threading.Event()
+
+    def fetch(work: tuple[Entry, Placed]) -> Pulled:
+        entry, file = work
+        path = dest / file.path
+        source = file.source
+        name, size = (path.name, len(source)) if isinstance(source, bytes) else (source.name, source.size)
+        state: State
+        try:
+            if isinstance(source, bytes):
+                state = write(source, dest, file.path)
+            else:
+                state = _fetch(store, source, dest, file.path, options, stop)
+            return Pulled(path, entry.job_id, name, state, size)
+        except StorageError as error:
+            return Pulled(path, entry.job_id, name, "failed", size, str(error))
+
+    def start() -> Iterator[Pulled]:
+        make_directories(dest)
+        yield from before
+        yield from parallel(fetch, files, THREADS, ordered=False, stop=stop)
+
+    return Steps(len(before) + len(files), start)
 
 
-def _difference(item: Object, size: int, sha256: str) -> str | None:
+def difference(item: Object, size: int, sha256: str) -> str | None:
     """How content differs from what its entry promises."""
     if size > item.size:
         return f"it has more than the {item.size} bytes promised"
@@ -90,74 +113,18 @@ def _difference(item: Object, size: int, sha256: str) -> str | None:
     return None if sha256 == item.sha256 else f"its sha256 is {sha256[:12]}…, {item.sha256[:12]}… was promised"
 
 
-def pull(
-    store: Store, entries: Sequence[Entry], unreadable: Sequence[Unreadable], dest: Path, extras: Iterable[str] = ()
-) -> Steps[Pulled]:
-    """Copy the merged LoRAs of these entries, with their sidecars, to `dest`; running it again goes on where it
-    stopped.
-
-    One step per file, as they finish: `<subject>__<style>__<method>-<job>.safetensors`, `.json` and `.png`; objects
-    whose name matches one of the patterns `extras` go to a directory of that name. A file that is there and has the
-    right sha256 is kept; a `.part` is continued. A problem with one file is its result and does not stop the others.
-    """
-    extras = tuple(extras)
-    files = [
-        (entry, item, dest / path)
-        for entry, stem in zip(entries, stems(entries), strict=True)
-        for item in entry.objects.values()
-        if (path := file_name(stem, item.name, extras)) is not None
-    ]
-    stop = threading.Event()
-
-    def fetch(work: tuple[Entry, Object, Path]) -> Pulled:
-        entry, item, path = work
-        try:
-            return Pulled(path, entry.job_id, item.name, _fetch(store, item, path, stop), item.size)
-        except StorageError as error:
-            return Pulled(path, entry.job_id, item.name, "failed", item.size, str(error))
-
-    def start() -> Iterator[Pulled]:
-        make_directories(dest)
-        for record in unreadable:
-            yield Pulled(dest, "", record.key, "failed", 0, record.reason)
-        yield from parallel(fetch, files, THREADS, ordered=False, stop=stop)
-
-    return Steps(len(files) + len(unreadable), start)
-
-
-def stems(entries: Sequence[Entry]) -> list[str]:
-    """A readable file name without suffix for each entry; all differ, also where case does not count."""
-    short = [_stem(entry, 8) for entry in entries]
-    seen = Counter(stem.casefold() for stem in short)
-    return [s if seen[s.casefold()] == 1 else _stem(entry, 64) for s, entry in zip(short, entries, strict=True)]
-
-
-def file_name(stem: str, object_name: str, extras: Iterable[str]) -> Path | None:
-    """Where an object goes, relative to the destination; None when it is not wanted."""
-    if object_name.startswith("merged."):
-        return Path(stem + object_name.removeprefix("merged"))
-    if any(fnmatchcase(object_name, pattern) for pattern in extras):
-        return Path(stem, *object_name.split("/"))
-    return None
-
-
-def _stem(entry: Entry, digits: int) -> str:
-    parts = (_file_part(text) for text in (entry.subject, entry.style, entry.method))
-    return f"{'__'.join(parts)}-{entry.job_id[:digits]}"
-
-
-def _file_part(text: str) -> str:
-    """Letters, digits, '-' and '_' of a text: nothing that a shell, Windows or a '..' could read another way."""
-    safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in unicodedata.normalize("NFC", text))
-    short = safe.encode()[:NAME_BYTES].decode(errors="ignore").lstrip("-")
-    return short or "_"
-
-
-def _fetch(store: Store, item: Object, path: Path, stop: threading.Event) -> Literal["pulled", "resumed", "kept"]:
+def _fetch(
+    store: Store, item: Object, dest: Path, relative: PurePosixPath, options: PullOptions, stop: threading.Event
+) -> Literal["pulled", "resumed", "kept"]:
     """Corrupted, StoreFull, …; an incomplete `.part` stays for the next time, a wrong one does not."""
+    path = _inside(dest, relative)
     if path.is_file() and path.stat().st_size == item.size and _sha256(path) == item.sha256:
         return "kept"
-    part = path.with_name(f"{path.name}.part")
+    if item.size > options.limit_bytes:
+        raise StorageError(
+            f"{path} would be {item.size:,} bytes, {options.limit_bytes:,} are allowed: raise the limit if it is right"
+        )
+    part = path.with_name(path.name + PART)
     with local_errors(path):
         make_directories(path.parent)
         with _opened(part) as file:
@@ -180,6 +147,29 @@ def _fetch(store: Store, item: Object, path: Path, stop: threading.Event) -> Lit
     return "resumed" if resumed else "pulled"
 
 
+def write(content: bytes, dest: Path, relative: PurePosixPath) -> Literal["pulled", "kept"]:
+    """Put content that was made here below the destination; StorageError where a link leads out of it."""
+    path = _inside(dest, relative)
+    with local_errors(path):
+        if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+            return "kept"
+        make_directories(path.parent)
+        with replacing(path) as file:
+            file.write(content)
+    return "pulled"
+
+
+def _inside(dest: Path, relative: PurePosixPath) -> Path:
+    """The path, if no symbolic link on the way leads out of the destination and its name is no unfinished file's."""
+    path = dest / relative
+    if any(part in ("", ".", "..") or part.casefold().endswith(PART) for part in relative.parts):
+        raise Corrupted(f"{relative} is no name for a pulled file: those that end in {PART} are unfinished ones")
+    real, root = os.path.realpath(path.parent), os.path.realpath(dest)
+    if not f"{real}/".startswith(f"{root.rstrip('/')}/"):
+        raise StorageError(f"{path} would lead out of {dest} through a symbolic link, to {real}: refused")
+    return path
+
+
 def _fill(store: Store, item: Object, file: BinaryIO, stop: threading.Event, *, fresh: bool) -> str | None:
     """Complete the file from where it ends, or from nothing; what is wrong with its content, if anything."""
     digest = hashlib.sha256()
@@ -197,18 +187,24 @@ def _fill(store: Store, item: Object, file: BinaryIO, stop: threading.Event, *, 
             break
         file.write(chunk)
         digest.update(chunk)
-    return _difference(item, size, digest.hexdigest())
+    return difference(item, size, digest.hexdigest())
 
 
 @contextlib.contextmanager
 def _opened(part: Path) -> Iterator[BinaryIO]:
-    """The partial file for reading and writing, ours alone; a symbolic link in its place is refused."""
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    """The partial file for reading and writing, ours alone; a link, symbolic or hard, or a pipe in its place is
+    refused: what is written there would end up elsewhere."""
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     with open(descriptor, "r+b") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise StorageError(f"{part} is no file of its own but a pipe, a device or a second name: remove it")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Unavailable(f"{part} is being written by another pull: wait for it, then run this again") from error
+        if not part.exists() or part.stat().st_ino != status.st_ino:
+            raise Unavailable(f"{part} has just been finished by another pull: run this again")
         yield file
 
 

@@ -36,14 +36,15 @@ from s3transfer.manager import TransferConfig, TransferManager
 
 from service.errors import AccessDenied, AlreadyCommitted, NotFound, StorageError, StoreFull, Unavailable
 from service.files import local_errors
-from service.storage import CHUNK, TEMPORARY, ObjectInfo, check_key, download
+from service.storage import CHUNK, TEMPORARY, ObjectInfo, Unfinished, check_key, download
 
 ATTEMPTS = 6  # of each request: botocore's standard mode waits up to 1, 2, 4, 8, 16 s between them
 PROBE_ATTEMPTS = 2
+MAX_LINK_S = 7 * 86400  # of a presigned URL: the limit of its signature
 STREAM_ATTEMPTS = 4  # in a row without a single new byte
 TRANSFER = TransferConfig(multipart_threshold=16 << 20, multipart_chunksize=16 << 20, max_request_concurrency=4)
 
-MISSING = {"NoSuchKey", "NotFound", "404"}
+MISSING = {"NoSuchKey", "NoSuchUpload", "NotFound", "404"}
 TAKEN = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
 UNKNOWN_CONDITION = {"NotImplemented", "501"}
 FULL = {"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "507", "413"}
@@ -114,6 +115,27 @@ class S3Store:
     def delete(self, key: str) -> None:
         with contextlib.suppress(NotFound), self._errors("deleting", key):
             self._client.delete_object(Bucket=self.bucket, Key=self._name(key))
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        with self._errors("listing the uploads of", self.prefix):
+            pages = self._client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix):
+                for found in page.get("Uploads", ()):
+                    yield Unfinished(found["Key"].removeprefix(self.prefix), found["UploadId"], found["Initiated"])
+
+    def discard(self, upload: Unfinished) -> None:
+        with contextlib.suppress(NotFound), self._errors("aborting the upload of", upload.key):
+            request = {"Bucket": self.bucket, "Key": self.prefix + upload.key, "UploadId": upload.id}
+            self._client.abort_multipart_upload(**request)
+
+    def link(self, key: str, expires_s: int, file_name: str) -> str:
+        """A presigned URL, made without a request. Where the credentials are temporary, it ends with them."""
+        if not 1 <= expires_s <= MAX_LINK_S:
+            raise StorageError(f"a link may last from 1 second to {MAX_LINK_S // 86400} days, not {expires_s} s")
+        request = {"Bucket": self.bucket, "Key": self._name(key)}
+        request["ResponseContentDisposition"] = f'attachment; filename="{file_name}"'
+        with self._errors("making a link to", key):
+            return self._client.generate_presigned_url("get_object", Params=request, ExpiresIn=expires_s)
 
     def probe(self, *, write: bool = True) -> None:
         with self._errors("listing", ""):

@@ -36,6 +36,15 @@ class ObjectInfo:
     etag: str | None  # changes whenever the content does
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """An upload that has begun and not ended: of a writer at work, or of one that was killed."""
+
+    key: str  # what it would become; of a local store the name of the temporary file
+    id: str
+    started: datetime  # aware, UTC
+
+
 class Store(Protocol):
     """A flat map of objects. Keys are relative posix paths, see `check_key`. Every method may raise Unavailable or
     AccessDenied besides its own errors; every store can be used by several threads and processes at once."""
@@ -70,6 +79,15 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """The object is gone afterwards, whether or not it was there."""
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        """Uploads that take space without being objects."""
+
+    def discard(self, upload: Unfinished) -> None:
+        """Give their space back; nothing happens if it has ended meanwhile."""
+
+    def link(self, key: str, expires_s: int, file_name: str) -> str:
+        """A URL that gives the object to whoever has it, for so long, under this name; StorageError where it cannot."""
 
     def probe(self, *, write: bool = True) -> None:
         """Fail early, with one clear error, and learn `creates_only`; `write=False` asks only if it can be read."""
@@ -225,6 +243,24 @@ class LocalStore:
             with contextlib.suppress(OSError):  # directories that this leaves empty go too, up to one that is not
                 for parent in PurePosixPath(key).parents[:-1]:
                     (self.root / parent).rmdir()
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        directory = self.root / TEMPORARY
+        with local_errors(directory):
+            for part in sorted(directory.iterdir()) if directory.is_dir() else []:
+                with contextlib.suppress(FileNotFoundError):  # finished since the scan
+                    started = datetime.fromtimestamp(part.lstat().st_mtime, UTC)
+                    yield Unfinished(f"{TEMPORARY}/{part.name}", part.name, started)
+
+    def discard(self, upload: Unfinished) -> None:
+        path = self.root / TEMPORARY / PurePosixPath(upload.id).name
+        with local_errors(path), contextlib.suppress(IsADirectoryError):
+            path.unlink(missing_ok=True)
+
+    def link(self, key: str, expires_s: int, file_name: str) -> str:
+        """A file URL, good on this machine for as long as the file is there."""
+        self.head(key)
+        return self._path(key).absolute().as_uri()
 
     def probe(self, *, write: bool = True) -> None:
         with local_errors(self.root):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from service.catalog import Catalog
 from service.storage import Store, open_store
 from tests.grid import Grid, build_grid
 from tests.swift_node import SwiftNode, swift_node
@@ -64,6 +65,17 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "local":
         return open_store(tmp_path / "store")
     return open_store(f"{request.getfixturevalue('swift').url}/some/prefix")
+
+
+@pytest.fixture
+def catalog(store: Store) -> Catalog:
+    """An empty catalog in a directory, then in a bucket."""
+    return Catalog(store)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Catalog:
+    return Catalog(tmp_path / "catalog")
 
 
 @pytest.fixture(scope="session")
