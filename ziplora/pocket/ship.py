@@ -79,7 +79,7 @@ def _entry(task: Task, folder: Path, into: Path) -> dict[str, Any]:
     target = into / "loras" / task.role / task.name
     target.mkdir(parents=True)
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".png", ".safetensors"):
+        if path.suffix in (".png", ".txt", ".safetensors"):
             shutil.copy(path, target / path.name)
     images = sorted(path.relative_to(into).as_posix() for path in target.glob("*.png"))
     lora = (target / f"{task.name}.safetensors").relative_to(into).as_posix()
@@ -110,7 +110,7 @@ def main() -> None:
     for name in ("vae", "recogniser", "clip", "dino", "check"):
         if (out / name / "training.json").exists():
             recipe[name] = json.loads((out / name / "training.json").read_text())
-    (into / "recipe.json").write_text(json.dumps(recipe | {"loras": reports}, indent=1) + "\n")
+    (into / "recipe.json").write_text(json.dumps(recipe | {"loras": reports}) + "\n")
     n_bytes = sum(path.stat().st_size for path in into.rglob("*") if path.is_file())
     print(f"{n_bytes / 1e6:.2f} MB of {LIMIT_BYTES / 1e6:.0f} MB")
     if n_bytes > LIMIT_BYTES:
