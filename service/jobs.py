@@ -151,7 +151,7 @@ def _identity_json(job: Job) -> str:
     scorers = f'"scorers":{_scorers_json(job.scorers)},' if job.scorers else ""
     return (
         f'{{"algorithm":{ALGORITHM},"base":{_base_json(job.base)},"knobs":{canonical_json(dict(job.knobs))},'
-        f'"method":{canonical_json(job.method)},"outputs":{canonical_json(sorted(job.outputs))},'
+        f'"method":{canonical_json(job.method)},"outputs":{_outputs_json(job.outputs)},'
         f'"samples":{_samples_json(job.samples)},{scorers}"seed":{job.seed},'
         f'"style":{_concept_json(job.style)},"subject":{_concept_json(job.subject)}}}'
     )
@@ -160,6 +160,11 @@ def _identity_json(job: Job) -> str:
 @lru_cache(64)
 def _base_json(base: BaseRef) -> str:
     return canonical_json(_base_identity(base))
+
+
+@lru_cache(64)
+def _outputs_json(outputs: tuple[str, ...]) -> str:
+    return canonical_json(sorted(outputs))
 
 
 @lru_cache(64)
@@ -172,9 +177,17 @@ def _scorers_json(scorers: Scorers) -> str:
     return canonical_json(_scorers_identity(scorers))
 
 
-@lru_cache(16384)
 def _concept_json(concept: Concept) -> str:
-    return canonical_json(_concept_identity(concept))
+    """By the object, not by its value: hashing a concept with its images costs as much as writing it out."""
+    known = _concepts.get(id(concept))
+    if known is None or known[0] is not concept:
+        if len(_concepts) >= 16384:
+            _concepts.clear()
+        known = _concepts[id(concept)] = (concept, canonical_json(_concept_identity(concept)))
+    return known[1]
+
+
+_concepts: dict[int, tuple[Concept, str]] = {}  # frozen values, kept alive here so that no id is used again
 
 
 def _base_identity(base: BaseRef) -> dict[str, Any]:

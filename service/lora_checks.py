@@ -6,7 +6,7 @@ A file gives a range read of its header and, once per version of it, a pass for 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.base_files import BaseFiles
 from service.errors import BadInput, NotFound, StorageError
@@ -18,6 +18,7 @@ from service.steps import Steps, parallel
 from ziplora.errors import LoRAError
 from ziplora.layouts import ModuleKeys, ParsedLoRA, check_shapes, component, is_target, parse, read_header
 
+Structure = tuple[tuple[str, ModuleKeys], ...]
 OF = re.compile(
     r"(?:an?\s+|the\s+)?(?:photo|photograph|picture|image|painting|drawing|render(?:ing)?)\s+of\s+(?:an?\s+)?(.+)$"
 )
@@ -54,8 +55,12 @@ def check_loras(
 ) -> Steps[CheckedLoRA]:
     """Each LoRA with its images: exists, is sound, fits the base. Without a base, shapes are not looked at."""
 
+    structures: dict[Structure, Mapping[str, ModuleKeys]] = {}
+
     def check(spec: LoRASpec) -> CheckedLoRA:
-        return _check_lora(manifest, spec, base, digests)
+        checked = _check_lora(manifest, spec, base, digests)
+        # thousands of LoRAs of one trainer have the same modules: one copy, or collecting garbage takes over
+        return replace(checked, modules=structures.setdefault(tuple(checked.modules.items()), checked.modules))
 
     return Steps(len(specs), lambda: parallel(check, specs, threads))
 

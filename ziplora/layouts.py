@@ -20,6 +20,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -207,6 +208,7 @@ _ROLES: Mapping[str, Literal["down", "up", "alpha"]] = {
     "B": "up",
     "alpha": "alpha",
 }
+KEYS = 32768  # an SDXL LoRA has about 2,000
 _WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
 _SCALARS = {"F16": "<e", "F32": "<f", "F64": "<d", "I8": "<b", "U8": "<B", "I16": "<h", "I32": "<i", "I64": "<q"}
 
@@ -251,6 +253,7 @@ def _survey(header: Header, name: str, limits: Limits) -> tuple[ParsedLoRA, list
     return ParsedLoRA(name, _layout(layouts), modules, _triggers(header.metadata), notes), refusals
 
 
+@lru_cache(KEYS)  # the LoRAs of a grid share their names: thousands of files, one or two vocabularies
 def _factor(key: str) -> tuple[Located, str, str, str] | None:
     """(module, role, layout, PEFT adapter name) of a key, or None."""
     for pattern, spelling in _FACTORS:

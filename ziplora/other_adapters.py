@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 
 from ziplora.errors import FormatError, LoRAError, UnsupportedAdapter
 from ziplora.headers import few
@@ -51,6 +52,7 @@ FOREIGN = tuple(
 )
 
 
+@lru_cache(32768)
 def kind_of(key: str) -> str | None:
     """The kind of adapter that a key belongs to, if it is none of a plain LoRA."""
     return next((kind for kind, pattern in ADAPTERS if pattern.search(key)), None)
