@@ -254,10 +254,10 @@ def execute(
     attempts: int,
     deadline: float,
 ) -> int:
+    from service.faults import Limits
+    from service.messages import WorkerSettings
     from service.metrics import Metrics
     from service.run import run as drive
-    from service.tiles import Limits
-    from service.worker import WorkerSettings
 
     if inline and address:
         raise click.UsageError("--inline runs without Ray, so it takes no --address")
@@ -289,6 +289,7 @@ def execute(
                 run_id=run_id,
                 already=len(planned.committed),
                 limits=Limits(attempts=attempts, deadline_s=deadline),
+                prior_s=planned.duration.total_s / len(planned.left),
                 observers=[summary.observe, metrics.observe, progress.observe],
             )
         except KeyboardInterrupt:
@@ -354,14 +355,15 @@ class Summary:
     """What a run did, kept for its end."""
 
     def __init__(self) -> None:
-        self.committed: list[events.JobCommitted] = []
+        self.committed = self.n_bytes = 0
         self.given_up: list[events.JobGivenUp] = []
         self.finished: events.RunFinished | None = None
         self.committed_now: int | None = None  # by the catalog: workers may commit after the last event was seen
 
     def observe(self, event: events.Event) -> None:
         if isinstance(event, events.JobCommitted):
-            self.committed.append(event)
+            self.committed += 1
+            self.n_bytes += event.n_bytes
         elif isinstance(event, events.JobGivenUp):
             self.given_up.append(event)
         elif isinstance(event, events.RunFinished):
@@ -369,12 +371,11 @@ class Summary:
 
     def show(self, before: int) -> None:
         finished = self.finished
-        n = len(self.committed) if self.committed_now is None else self.committed_now
-        left = finished.left + len(self.committed) - n if finished else 0
+        n = self.committed if self.committed_now is None else self.committed_now
+        left = finished.left + self.committed - n if finished else 0
         seconds = finished.seconds if finished else 0.0
-        n_bytes = sum(event.n_bytes for event in self.committed)
         OUT.print(
-            f"committed {n} ({size_text(n_bytes)}), before this run {before}, given up {len(self.given_up)}"
+            f"committed {n} ({size_text(self.n_bytes)}), before this run {before}, given up {len(self.given_up)}"
             + (f", {left} left" if left else "")
             + f"; {seconds:.0f} s"
         )
@@ -388,7 +389,7 @@ class Summary:
     def to_json(self) -> dict[str, Any]:
         finished = self.finished
         return {
-            "committed": len(self.committed),
+            "committed": self.committed,
             "given_up": [
                 {"job_id": e.job.job_id, "pair": e.job.pair, "kind": e.kind, "reason": e.reason} for e in self.given_up
             ],

@@ -1,6 +1,7 @@
 """What can go wrong, as a tree; `str(error)` is one sentence that says what, which, limit and what to do next.
 
 ServiceError                     exit code 1
+├─ RunStopped                    most jobs failed for one reason: the run was ended before all had
 ├─ ManifestError                 the user's file: path, field, what was expected; exit code 2
 ├─ StorageError
 │  ├─ NotFound                   no such object, bucket or directory
@@ -23,6 +24,10 @@ class ServiceError(Exception):
     """The root of this tree; all of it survives pickling, since workers send these to the coordinator."""
 
     exit_code = 1
+
+
+class RunStopped(ServiceError):
+    pass
 
 
 class ManifestError(ServiceError):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from service.jobs import Job
+from service.messages import TileDone
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,41 @@ class WorkerGone:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerStalled:
+    """A worker is well and waits for something outside, such as a store that does not answer."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TileStarted:
+    """`jobs` were given to a worker; none to let it finish its uploads."""
+
+    worker: str
+    jobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class TileFinished:
+    """The worker is free again; `done` says how it spent its time."""
+
+    worker: str
+    done: TileDone
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """Every few seconds: jobs left, workers at hand, and seconds until the last job is done, None while nobody knows;
+    `stages` are mean seconds."""
+
+    left: int
+    workers: int
+    seconds: float | None
+    stages: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class JobStarted:
     job: Job
     worker: str
@@ -59,7 +95,8 @@ class JobCommitted:
 
 @dataclass(frozen=True, slots=True)
 class JobFailed:
-    """One attempt ended without a commit; `kind` is the name of an error of service/errors.py."""
+    """One attempt ended without a commit; `kind` is the name of an error of service/errors.py. `counts`: it used up one
+    of the job's attempts, because nothing but the job can be to blame."""
 
     job: Job
     worker: str
@@ -67,6 +104,7 @@ class JobFailed:
     kind: str
     reason: str
     retry: bool
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,5 +128,18 @@ class RunFinished:
     interrupted: bool
 
 
-Event = RunStarted | WorkerReady | WorkerGone | JobStarted | JobCommitted | JobFailed | JobGivenUp | RunFinished
+Event = (
+    RunStarted
+    | WorkerReady
+    | WorkerGone
+    | WorkerStalled
+    | TileStarted
+    | TileFinished
+    | Outlook
+    | JobStarted
+    | JobCommitted
+    | JobFailed
+    | JobGivenUp
+    | RunFinished
+)
 Observer = Callable[[Event], None]

@@ -117,6 +117,7 @@ class LocalCache:
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self.objects, self.locks = directory / "objects", directory / "locks"
         self.max_bytes = max_bytes
+        self.downloaded_bytes = 0  # by this process
         self.digests = DigestCache(directory / "digests")
 
     def fetch(self, location: str, sha256: str) -> Path:
@@ -172,6 +173,7 @@ class LocalCache:
             for chunk in store.stream(key):
                 file.write(chunk)
                 digest.update(chunk)
+                self.downloaded_bytes += len(chunk)
             _check(location, digest.hexdigest(), sha256)
 
     def _make_room(self, max_bytes: int, keep: Path) -> None:

@@ -2,18 +2,20 @@
 machines without Ray."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from service.errors import ServiceError
-from service.jobs import Job
-from service.worker import JobResult, Worker, WorkerSettings
+from service.messages import Message, Tile, TileDone, WorkerSettings
+
+if TYPE_CHECKING:
+    from service.worker import Worker  # imports torch
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker has loaded its base."""
+    """A worker has loaded its base and is free."""
 
     worker: str
     device: str
@@ -21,29 +23,37 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """A job's attempt ended, well or not, and the worker is free."""
+class Said:
+    """What a worker says of its tile; after a TileDone it is free."""
 
     worker: str
-    job: Job
-    result: JobResult
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """The worker's node is about to be taken away: it may end its tile and shall get no other."""
+
+    worker: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A worker ended with what it was doing (`job` None: while loading). `returns`: a new one takes its name."""
+    """A worker ended with whatever it was doing. `returns`: a new one takes its name. `preempted`: its node was taken
+    back, so nothing that it did can be to blame."""
 
     worker: str
-    job: Job | None
     error: ServiceError
     returns: bool
+    preempted: bool = False
 
 
-Report = Ready | Done | Lost
+Report = Ready | Said | Leaving | Lost
 
 
 class Pool(Protocol):
-    """Each worker does one job at a time. Nothing here retries: what a failure leads to is the control loop's to
+    """Each worker does one tile at a time. Nothing here retries: what a failure leads to is the control loop's to
     say."""
 
     @property
@@ -51,18 +61,20 @@ class Pool(Protocol):
         """Workers that are loading, idle or busy; 0 when none is left that could come back."""
         ...
 
-    def idle(self) -> Sequence[str]: ...
-
-    def start(self, worker: str, job: Job, deadline_s: float) -> None:
-        """Give an idle worker a job; returns at once."""
+    def start(self, worker: str, tile: Tile, deadline_s: float) -> None:
+        """Give a free worker a tile; returns at once. A worker that says nothing for `deadline_s` is ended."""
         ...
 
     def wait(self, timeout_s: float) -> Sequence[Report]:
         """What happened since; waits for something at most this long."""
         ...
 
-    def shrink(self, size: int) -> None:
-        """End idle workers that are not needed any more."""
+    def shrink(self, size: int, spare: Iterable[str]) -> Sequence[str]:
+        """End workers beyond `size`, those that have yet to load first, then of the `spare` ones; which were ended."""
+        ...
+
+    def replace(self, worker: str) -> None:
+        """End a free worker that is leaving, and start another in its place where there is room."""
         ...
 
     def close(self) -> None:
@@ -71,36 +83,45 @@ class Pool(Protocol):
 
 
 class InlinePool:
-    """One worker in this process. A job runs inside `wait`, so deadlines are not enforced and Ctrl-C stops it in
+    """One worker in this process. It works inside `wait`, so deadlines are not enforced and Ctrl-C stops it in
     the middle."""
 
-    def __init__(self, settings: WorkerSettings, make: Callable[[WorkerSettings], Worker] = Worker) -> None:
+    def __init__(self, settings: WorkerSettings, make: "Callable[[WorkerSettings], Worker] | None" = None) -> None:
         self._settings, self._make = settings, make
         self._worker: Worker | None = None
-        self._job: Job | None = None
+        self._messages: Iterator[Message] | None = None
 
     @property
     def size(self) -> int:
         return 1
 
-    def idle(self) -> Sequence[str]:
-        return ["inline"] if self._worker is not None and self._job is None else []
-
-    def start(self, worker: str, job: Job, deadline_s: float) -> None:
-        self._job = job
+    def start(self, worker: str, tile: Tile, deadline_s: float) -> None:
+        assert self._worker is not None
+        self._messages = self._worker.work(tile)
 
     def wait(self, timeout_s: float) -> Sequence[Report]:
         if self._worker is None:
+            if self._make is None:
+                from service.worker import Worker
+
+                self._make = Worker
             self._worker = self._make(self._settings)
-            return [Ready("inline", self._worker.device, self._worker.load_s)]
-        if self._job is None:
+            return [Ready("inline", self._worker.device.name, self._worker.load_s)]
+        if self._messages is None:
             time.sleep(timeout_s)
             return []
-        job, self._job = self._job, None
-        return [Done("inline", job, self._worker.run(job))]
+        message = next(self._messages)
+        if isinstance(message, TileDone):
+            self._messages = None
+        return [Said("inline", message)]
 
-    def shrink(self, size: int) -> None:
+    def shrink(self, size: int, spare: Iterable[str]) -> Sequence[str]:
+        return []
+
+    def replace(self, worker: str) -> None:
         pass
 
     def close(self) -> None:
-        self._worker = self._job = None
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = self._messages = None

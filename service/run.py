@@ -1,50 +1,64 @@
-"""The control loop: jobs out to workers, results in, until each is committed or given up. Everything else is policy
-(tiles.py) or a pool."""
+"""The control loop: tiles out to workers, results in, until each job is committed or given up. Everything else is
+policy (tiles.py, faults.py, pace.py) or a pool."""
 
+import heapq
+import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from service import events
 from service.catalog import Catalog
-from service.errors import NotFound, ServiceError, StorageError, WorkerLost
+from service.errors import NotFound, RunStopped, ServiceError, StorageError, WorkerLost
 from service.events import Event, Observer
-from service.jobs import Job, identity
-from service.pool import Done, Lost, Pool, Ready
-from service.tiles import Limits, backoff_s, choose, cut, gives_up
-from service.worker import JobResult
+from service.faults import ELSEWHERE_S, Breaker, Fault, History, Limits, after_failure
+from service.jobs import Job
+from service.messages import Began, JobResult, Stalled, Tile, TileDone
+from service.pace import Pace
+from service.pool import Leaving, Lost, Pool, Ready, Report, Said
+from service.records import FailureRecords
+from service.tiles import Board, cut, tile_size
 
 POLL_S = 0.5
-ELSEWHERE_S = 60.0  # how long a failed job waits for another worker than the one it failed on
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """A job that failed on `worker`: not before `due`, and until `elsewhere_until` only on another worker."""
-
-    job: Job
-    worker: str
-    due: float
-    elsewhere_until: float
+OUTLOOK_S = 5.0  # between two estimates of the end
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where every job of a run stands. `waiting` are those that failed and will be tried again."""
+    """Where the jobs of a run stand. `attempts` by job id, those that count and the one that committed."""
 
-    tiles: dict[int, list[Job]]
-    owners: dict[str, int] = field(default_factory=dict)  # worker → tile
-    held: dict[str, set[str]] = field(default_factory=dict)  # worker → LoRAs in its cache
-    waiting: list["Retry"] = field(default_factory=list)
-    running: dict[str, Job] = field(default_factory=dict)
+    left: int
     attempts: dict[str, int] = field(default_factory=dict)
     committed: list[Job] = field(default_factory=list)
     given_up: list[tuple[Job, str]] = field(default_factory=list)
 
-    def left(self) -> int:
-        return sum(map(len, self.tiles.values())) + len(self.waiting) + len(self.running)
+
+@dataclass(slots=True)
+class Hand:
+    """What a worker has in hand. `given`: jobs without a result, by id; `begun` of them were announced, `now` are being
+    merged; `tile` are the ids of its current tile."""
+
+    given: dict[str, Job] = field(default_factory=dict)
+    tile: tuple[str, ...] = ()
+    begun: set[str] = field(default_factory=set)
+    now: tuple[str, ...] = ()
+    held: frozenset[str] = frozenset()
+    side_by_side: int = 1
+    leaving: bool = False
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Retry:
+    """Jobs that failed on `worker`, to be a tile of their own from `due` on; until `elsewhere_until` only on
+    another worker."""
+
+    due: float
+    number: int
+    jobs: tuple[Job, ...] = field(compare=False)
+    worker: str = field(compare=False)
+    elsewhere_until: float = field(compare=False)
 
 
 def run(
@@ -56,14 +70,18 @@ def run(
     already: int = 0,
     limits: Limits | None = None,
     observers: Iterable[Observer] = (),
+    prior_s: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
     """Do `jobs`; every one ends committed, or given up with a reason that is recorded in the catalog.
 
-    KeyboardInterrupt ends the run at once: what is committed stays, the rest is as if it had not been started.
-    Raises what ended the last worker when none is left: BadInput if the base loads nowhere.
+    prior_s: seconds that a job is thought to take. KeyboardInterrupt ends the run at once: what is committed stays, the
+    rest is as if it had not been started. Raises what ended the last worker when none is left (BadInput if the base
+    loads nowhere), and RunStopped when most jobs fail for one reason.
     """
-    loop = _Loop(jobs, pool, catalog, limits or Limits(), tuple(observers))
-    started = time.monotonic()
+    records = FailureRecords(catalog)
+    loop = _Loop(jobs, pool, records, limits or Limits(), tuple(observers), Pace(prior_s), clock)
+    started = clock()
     loop.tell(events.RunStarted(run_id, catalog.store.url, len(jobs) + already, already, pool.size))
     interrupted = False
     try:
@@ -72,14 +90,11 @@ def run(
         interrupted = True
         raise
     finally:
+        records.close(wait=not interrupted)
         progress = loop.progress
         loop.tell(
             events.RunFinished(
-                len(progress.committed),
-                len(progress.given_up),
-                progress.left(),
-                time.monotonic() - started,
-                interrupted,
+                len(progress.committed), len(progress.given_up), progress.left, clock() - started, interrupted
             )
         )
     return progress
@@ -87,115 +102,290 @@ def run(
 
 class _Loop:
     def __init__(
-        self, jobs: Sequence[Job], pool: Pool, catalog: Catalog, limits: Limits, observers: Sequence[Observer]
+        self,
+        jobs: Sequence[Job],
+        pool: Pool,
+        records: FailureRecords,
+        limits: Limits,
+        observers: Sequence[Observer],
+        pace: Pace,
+        clock: Callable[[], float],
     ) -> None:
-        self.pool, self.catalog, self.limits, self.observers = pool, catalog, limits, observers
-        self.progress = Progress({i: list(tile) for i, tile in enumerate(cut(jobs, pool.size))})
+        self.pool, self.records, self.limits, self.observers = pool, records, limits, observers
+        self.pace, self.clock = pace, clock
+        self.board = Board(cut(jobs, pool.size))
+        self.progress = Progress(len(jobs))
+        self.left = Counter(job.method for job in jobs)  # not settled, by method
+        self.hands: dict[str, Hand] = {}  # of workers that are ready
+        self.free: dict[str, None] = {}  # to be fed
+        self.resting: dict[str, None] = {}  # free, and there was nothing for them
+        self.waiting: list[Retry] = []  # a heap
+        self.history: dict[str, History] = {}  # of jobs that failed
+        self.store_away: dict[str, float] = {}  # job → since when the store fails it
+        self.broken: dict[str, str] = {}  # LoRA → why
+        self.breaker = Breaker()
         self.random = random.Random(0)  # jitter only
+        self.numbers = itertools.count()
         self.last_loss: ServiceError | None = None
-        self.clock: Callable[[], float] = time.monotonic
+        self.next_look = self.next_outlook = 0.0
 
     def tell(self, event: Event) -> None:
         for observer in self.observers:
             observer(event)
 
     def drive(self) -> None:
-        while self.progress.left():
+        while self.progress.left:
             if self.pool.size == 0:
                 raise self.last_loss or WorkerLost("no worker could be started")
-            for worker in self.pool.idle():
-                self._feed(worker)
+            self._wake()
+            while self.free:
+                self._feed(next(iter(self.free)))
             for report in self.pool.wait(POLL_S):
                 self._take(report)
-            self.pool.shrink(self.progress.left())
+            if self.pool.size > self.progress.left:
+                self._shrink()
+
+    # Out
+
+    def _wake(self) -> None:
+        """Workers that had nothing to do look again, now and then, for jobs whose time has come."""
+        now = self.clock()
+        if self.resting and self.waiting and now >= self.next_look:
+            self.next_look = now + POLL_S
+            self.free |= self.resting
+            self.resting.clear()
+        if now >= self.next_outlook:
+            self.next_outlook = now + OUTLOOK_S
+            seconds = self.pace.seconds_left(self.left, self.hands)
+            self.tell(events.Outlook(self.progress.left, len(self.hands), seconds, self.pace.stages()))
 
     def _feed(self, worker: str) -> None:
-        job = self._next(worker)
-        if job is None:
+        del self.free[worker]
+        hand = self.hands[worker]
+        tile = None if hand.leaving else self._next(worker, hand)
+        if tile is None and hand.given:
+            tile = Tile(())  # the rest of its uploads
+        if tile is None and hand.leaving:
+            del self.hands[worker]
+            self.pool.replace(worker)
             return
-        progress = self.progress
-        progress.attempts[job.job_id] = progress.attempts.get(job.job_id, 0) + 1
-        progress.running[worker] = job
-        progress.held.setdefault(worker, set()).update((job.subject.lora_sha256, job.style.lora_sha256))
-        self.pool.start(worker, job, self.limits.deadline_s)
-        self.tell(events.JobStarted(job, worker, progress.attempts[job.job_id]))
+        if tile is None:
+            self.resting[worker] = None
+            return
+        hand.given.update((job.job_id, job) for job in tile.jobs)
+        hand.tile = tuple(job.job_id for job in tile.jobs)
+        self.pool.start(worker, tile, self._deadline_s(worker, hand, tile))
+        self.tell(events.TileStarted(worker, len(tile.jobs)))
 
-    def _next(self, worker: str) -> Job | None:
-        progress, now = self.progress, self.clock()
-        for retry in progress.waiting:
-            if retry.due <= now and (retry.worker != worker or retry.elsewhere_until <= now or self.pool.size == 1):
-                progress.waiting.remove(retry)
-                return retry.job
-        tile = progress.owners.get(worker)
-        if tile is None or not progress.tiles[tile]:
-            taken = frozenset(number for owner, number in progress.owners.items() if owner != worker)
-            tile = choose(progress.tiles, frozenset(progress.held.get(worker, ())), taken)
-            if tile is None:
-                return None
-            progress.owners[worker] = tile
-        return progress.tiles[tile].pop(0)
+    def _deadline_s(self, worker: str, hand: Hand, tile: Tile) -> float:
+        if not tile.jobs:
+            return self.limits.deadline_s
+        return max(
+            self.pace.deadline_s(method, worker, hand.side_by_side, self.limits.deadline_s)
+            for method in {job.method for job in tile.jobs}
+        )
 
-    def _take(self, report: Ready | Done | Lost) -> None:
-        if isinstance(report, Ready):
-            self.tell(events.WorkerReady(report.worker, report.device, report.load_s))
-        elif isinstance(report, Done):
-            self.progress.running.pop(report.worker)
-            self._settle(report.job, report.worker, report.result)
-        else:
-            self.progress.held.pop(report.worker, None)
-            self.progress.owners.pop(report.worker, None)
-            self.tell(events.WorkerGone(report.worker, str(report.error), report.returns))
-            self.last_loss = report.error
-            if report.job is not None:
-                self.progress.running.pop(report.worker)
-                # it may have died after the commit
-                kind = type(report.error).__name__
-                result = JobResult(report.job.job_id, "failed", kind, str(report.error))
-                self._settle(report.job, report.worker, self._unless_committed(report.job, result))
+    def _next(self, worker: str, hand: Hand) -> Tile | None:
+        retry = self._due(worker)
+        if retry is not None:
+            return Tile(retry.jobs)
+        method = None if len(self.left) > 1 else next(iter(self.left))
+        job_s = self.pace.job_s(method, worker)
+        n = tile_size(job_s, self.progress.left, len(self.hands), hand.side_by_side)
+        return self.board.take(worker, n, hand.held)
 
-    def _unless_committed(self, job: Job, result: JobResult) -> JobResult:
+    def _due(self, worker: str) -> Retry | None:
+        """A retry whose time has come, and that need not wait for another worker than this."""
+        now = self.clock()
+        passed: list[Retry] = []
+        found: Retry | None = None
+        while self.waiting and self.waiting[0].due <= now and found is None and len(passed) < 8:
+            retry = heapq.heappop(self.waiting)
+            if retry.worker == worker and now < retry.elsewhere_until and self.pool.size > 1:
+                passed.append(retry)
+            else:
+                found = retry
+        for retry in passed:
+            heapq.heappush(self.waiting, retry)
+        return found
+
+    def _shrink(self) -> None:
+        spare = [worker for worker in (*self.resting, *self.free) if not self.hands[worker].given]
+        for worker in self.pool.shrink(self.progress.left, spare):
+            self.hands.pop(worker, None)
+            self.free.pop(worker, None)
+            self.resting.pop(worker, None)
+            self.board.release(worker)
+
+    # In
+
+    def _take(self, report: Report) -> None:
+        match report:
+            case Ready():
+                self.hands[report.worker] = Hand()
+                self.free[report.worker] = None
+                self.tell(events.WorkerReady(report.worker, report.device, report.load_s))
+            case Said(worker, Began(job_ids)):
+                self._begun(worker, self.hands[worker], job_ids)
+            case Said(worker, JobResult() as result):
+                hand = self.hands[worker]
+                hand.begun.discard(result.job_id)
+                self._settle(hand.given.pop(result.job_id), worker, result)
+            case Said(worker, TileDone() as done):
+                hand = self.hands[worker]
+                hand.now, hand.tile, hand.held, hand.side_by_side = (), (), done.held, done.side_by_side
+                self.free[worker] = None
+                self.tell(events.TileFinished(worker, done))
+            case Said(worker, Stalled(reason)):
+                self.tell(events.WorkerStalled(worker, reason))
+            case Lost():
+                self._lost(report)
+            case Leaving():
+                self._leave(report.worker, report.reason)
+
+    def _begun(self, worker: str, hand: Hand, job_ids: tuple[str, ...]) -> None:
+        hand.now = job_ids
+        hand.begun.update(job_ids)
+        for job_id in job_ids:
+            attempt = self.history.get(job_id, History()).attempts + 1
+            self.progress.attempts[job_id] = attempt
+            self.tell(events.JobStarted(hand.given[job_id], worker, attempt))
+
+    def _leave(self, worker: str, reason: str) -> None:
+        self.tell(events.WorkerGone(worker, reason, True))
+        hand = self.hands.get(worker)
+        if hand is not None:
+            hand.leaving = True
+            self._release(worker)
+            if worker in self.resting:
+                del self.resting[worker]
+                self.free[worker] = None
+
+    def _lost(self, report: Lost) -> None:
+        worker = report.worker
+        self.last_loss = report.error
+        self.tell(events.WorkerGone(worker, str(report.error), report.returns))
+        self.pace.forget(worker)
+        hand = self.hands.pop(worker, None)
+        self.free.pop(worker, None)
+        self.resting.pop(worker, None)
+        if hand is None:
+            return
+        if not hand.now:  # it never came to say what it was merging, so it may be anything of its tile
+            self._begun(worker, hand, tuple(job_id for job_id in hand.tile if job_id not in hand.begun))
+        suspects = [job_id for job_id in hand.now if job_id in hand.given]
+        jobs = [hand.given.pop(job_id) for job_id in suspects]
+        not_begun = [job for job_id, job in hand.given.items() if job_id not in hand.begun]
+        self.board.add(not_begun)
+        self._release(worker)
+        kind, reason = type(report.error).__name__, str(report.error)
+        for job_id in hand.begun & hand.given.keys():  # uploading: whoever takes them up looks for their entries first
+            self._failed([hand.given[job_id]], worker, "none of its", JobResult(job_id, "failed", kind, reason))
+        fault: Fault = "none of its" if report.preempted else "its own" if len(jobs) == 1 else "one of several"
+        if fault == "its own" and self._is_committed(jobs[0]):  # it died after the commit
+            self._settle(jobs[0], worker, JobResult(jobs[0].job_id, "already"))
+            return
+        half = (len(jobs) + 1) // 2
+        for part in (jobs[:half], jobs[half:]) if fault == "one of several" else ([job] for job in jobs):
+            if part:
+                self._failed(list(part), worker, fault, JobResult(part[0].job_id, "failed", kind, reason))
+
+    def _release(self, worker: str) -> None:
+        self.board.release(worker)
+        self.free |= self.resting
+        self.resting.clear()
+
+    def _is_committed(self, job: Job) -> bool:
         try:
-            self.catalog.entry(job.job_id)
-        except NotFound:
-            return result
-        except StorageError:
-            return result
-        return JobResult(job.job_id, "already")
+            self.records.catalog.entry(job.job_id)
+        except (NotFound, StorageError):
+            return False
+        return True
+
+    # What becomes of a job
 
     def _settle(self, job: Job, worker: str, result: JobResult) -> None:
-        if result.status != "failed":
-            self.progress.committed.append(job)
-            self.tell(
-                events.JobCommitted(
-                    job,
-                    worker,
-                    result.status == "already",
-                    result.stages,
-                    result.n_bytes,
-                    result.peak_bytes,
-                    result.alignments,
-                )
-            )
-            self._forget_failure(job)
+        if result.status == "failed":
+            self._failed([job], worker, "its own", result)
             return
-        kind, reason, attempts = result.kind or "Defect", result.reason or "", self.progress.attempts[job.job_id]
-        final = gives_up(kind, attempts, self.limits)
-        self.tell(events.JobFailed(job, worker, attempts, kind, reason, retry=not final))
-        if final:
-            self._give_up(job, kind, reason, attempts, result.traceback or "")
-        else:
-            due = self.clock() + backoff_s(attempts, self.random.random())
-            self.progress.waiting.append(Retry(job, worker, due, due + ELSEWHERE_S))
+        self.progress.committed.append(job)
+        self._end(job)
+        self.breaker.note(None)
+        already = result.status == "already"
+        if not already:
+            self.pace.learn(job.method, worker, result.stages)
+            self.board.slowness[worker] = self.pace.slowness(worker)
+        self.tell(
+            events.JobCommitted(
+                job, worker, already, result.stages, result.n_bytes, result.peak_bytes, result.alignments
+            )
+        )
+        self.records.clear(job)
+
+    def _failed(self, jobs: list[Job], worker: str, fault: Fault, result: JobResult) -> None:
+        """`jobs` ended together; those that are tried again stay together unless the verdict says otherwise."""
+        kind, reason, now = result.kind or "Defect", result.reason or "", self.clock()
+        verdict = None
+        again: list[Job] = []
+        for job in jobs:
+            history = self._history(job, kind, now)
+            verdict = after_failure(kind, fault, history, self.limits, self.random.random())
+            attempts = history.attempts + verdict.counts
+            returns = history.returns + (not verdict.counts)
+            self.history[job.job_id] = History(attempts, returns, history.store_away_s)
+            attempt = self.progress.attempts[job.job_id]
+            self.tell(events.JobFailed(job, worker, attempt, kind, reason, verdict.retry, verdict.counts))
+            if verdict.retry:
+                again.append(job)
+            else:
+                self._give_up(job, kind, reason, attempts, result.traceback or "")
+        if again and verdict is not None:
+            due = now + verdict.wait_s
+            until = due + ELSEWHERE_S if verdict.elsewhere else 0.0
+            heapq.heappush(self.waiting, Retry(due, next(self.numbers), tuple(again), worker, until))
+        if result.broken_lora is not None and result.broken_lora not in self.broken:
+            self._break(result.broken_lora, kind, reason)
+        if verdict is not None and fault == "its own" and (kind != "WorkerLost" or not verdict.retry):
+            tripped = self.breaker.note(kind, reason)
+            if tripped:
+                raise RunStopped(
+                    f"{tripped}: stopped early, {self.progress.left} jobs are left as they were."
+                    " Mend what it names and run the same command again"
+                )
+
+    def _history(self, job: Job, kind: str, now: float) -> History:
+        history = self.history.get(job.job_id, History())
+        if kind != "Unavailable":
+            self.store_away.pop(job.job_id, None)
+            return History(history.attempts, history.returns)
+        since = self.store_away.setdefault(job.job_id, now)
+        return History(history.attempts, history.returns, now - since)
+
+    def _break(self, lora: str, kind: str, reason: str) -> None:
+        """A LoRA that no partner can use: all that need it are given up with the one reason."""
+        self.broken[lora] = reason
+        jobs = self.board.remove(lora)
+        for retry in list(self.waiting):
+            if any(lora in (job.subject.lora_sha256, job.style.lora_sha256) for job in retry.jobs):
+                self.waiting.remove(retry)
+                jobs += retry.jobs
+        heapq.heapify(self.waiting)
+        for job in jobs:
+            if lora in (job.subject.lora_sha256, job.style.lora_sha256):
+                self._give_up(job, kind, reason, self.history.get(job.job_id, History()).attempts, "")
+            else:
+                self.board.add([job])
 
     def _give_up(self, job: Job, kind: str, reason: str, attempts: int, traceback: str) -> None:
         self.progress.given_up.append((job, reason))
-        inputs = {"subject": job.subject.lora, "style": job.style.lora, "base": job.base.location}
-        try:
-            self.catalog.record_failure(job.job_id, identity(job), reason, kind, traceback, attempts, inputs)
-        except ServiceError as error:
-            reason = f"{reason} (not recorded in the catalog: {error})"
+        self._end(job)
+        self.records.write(job, reason, kind, traceback, attempts)
         self.tell(events.JobGivenUp(job, kind, reason, attempts))
 
-    def _forget_failure(self, job: Job) -> None:
-        with suppress(StorageError):  # readers leave out failures of committed jobs
-            self.catalog.clear_failure(job.job_id)
+    def _end(self, job: Job) -> None:
+        self.progress.left -= 1
+        self.left[job.method] -= 1
+        if not self.left[job.method]:
+            del self.left[job.method]
+        self.history.pop(job.job_id, None)
+        self.store_away.pop(job.job_id, None)

@@ -152,7 +152,7 @@ class TrainingRun:
     ) -> None:
         import torch
 
-        from service.worker import repeatable
+        from service.device import repeatable
         from ziplora.base import load_base
         from ziplora.train import Training, read_images
 

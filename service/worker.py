@@ -1,34 +1,39 @@
-"""One worker: a resident base model, caches, and a job from its LoRA files to a committed entry.
+"""One worker: a resident base model, caches, and tiles of jobs from their LoRA files to committed entries.
 
 Runs the same in this process and as a Ray actor. What a job yields depends on the job alone, not on what the worker
 did before: every random number comes from the job's own seeds, and the slots hold nothing over from the last pair.
+Where several pairs share a forward pass (on a GPU, see side_by_side.py) that holds up to rounding.
 """
 
-import json
-import os
-import resource
 import time
-import traceback
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
-from io import BytesIO
+from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import TypeAdapter
 
 from service.base_files import read_base
+from service.caches import Cache, memory_share
 from service.catalog import Catalog
-from service.errors import AlreadyCommitted, BadInput, Corrupted, ManifestError, NotFound, OutOfMemory, ServiceError
+from service.device import Device, timed
+from service.errors import BadInput, Corrupted, ManifestError, NotFound, OutOfMemory, ServiceError
 from service.inputs import LocalCache, user_cache
-from service.jobs import ALGORITHM, Concept, Job, Role, identity, render
+from service.jobs import ALGORITHM, Concept, Job, Role, canonical_json
+from service.merged_files import png, sample_list, written
+from service.messages import Began, JobResult, Message, Stalled, Tile, TileDone, WorkerSettings
 from service.scoring import Judges, alignments_of, scored
+from service.side_by_side import SideBySide
 from service.storage import open_store
+from service.uploads import Made, PatientStore, Uploads, failed
 from ziplora import formats
 from ziplora.base import Base, load_base
 from ziplora.calibrate import Calibration, calibrate
@@ -36,43 +41,33 @@ from ziplora.errors import LoRAError
 from ziplora.lora import LoRA, n_bytes, restyled, scaled
 from ziplora.merged import Merged, Pair
 from ziplora.methods import METHODS, CalibrationSettings
-from ziplora.sample import sample_images
+from ziplora.sample import Request, sample_requests
 
 T = TypeVar("T")
+STALL_S = 5.0  # between two signs of life while waiting for something outside
+FETCHES = 2  # LoRAs read at a time
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerSettings:
-    """Where the worker reads and writes, and what it runs on. `device` "auto" takes a GPU if there is one.
+class BrokenLoRA(BadInput):
+    """A LoRA that is what the plan says and cannot be used, with whatever partner."""
 
-    `threads` is fixed so that results do not depend on the machine's core count: sums of floats do.
-    """
-
-    catalog: str
-    base: str
-    base_revision: str | None
-    base_digest: str | None = None  # what the jobs were planned with; None: whatever is there
-    device: str = "auto"
-    dtype: str = "auto"
-    threads: int = 1
-    cache_dir: str = ""
-    cache_bytes: int = 50 * 2**30
-    memory_cache_bytes: int = 4 * 2**30
+    def __init__(self, message: str, sha256: str = "") -> None:
+        super().__init__(message)
+        self.sha256 = sha256
 
 
-@dataclass(frozen=True, slots=True)
-class JobResult:
-    """What came of one attempt. `kind` and `reason` are None unless it failed; `stages` in seconds."""
+@dataclass(slots=True)
+class Ready:
+    """A job with all that its merge needs; `stages` in seconds so far, `peak_bytes` while it was merged."""
 
-    job_id: str
-    status: str  # committed | already | failed
-    kind: str | None = None
-    reason: str | None = None
-    traceback: str | None = None
-    stages: Mapping[str, float] = field(default_factory=dict)
-    n_bytes: int = 0
+    job: Job
+    knobs: Any
+    subject: LoRA
+    style: LoRA
+    calibrations: list[Calibration | None]
+    stages: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
-    alignments: Mapping[str, float] = field(default_factory=dict)  # style, subject, text → mean cosine, if there is one
+    neighbours: int = 0  # merged with it, side by side
 
 
 class Worker:
@@ -81,22 +76,23 @@ class Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         torch.set_num_threads(settings.threads)
-        self.device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.startswith("cuda"):
-            repeatable()
-            if not torch.cuda.is_available():
-                raise BadInput(f"device {self.device}: this machine has no GPU that torch can use: take --device cpu")
+        self.device = Device(settings.device)
         started = time.monotonic()
         self.base: Base = self._load_base()
         self.load_s = time.monotonic() - started
         self.catalog = Catalog(open_store(settings.catalog))
-        self.judges = Judges(self.device)
+        self.judges = Judges(self.device.name)
         self.files = LocalCache(Path(settings.cache_dir) if settings.cache_dir else user_cache(), settings.cache_bytes)
-        self.loras: Cache[LoRA] = Cache(settings.memory_cache_bytes, n_bytes)
+        memory = settings.memory_cache_bytes or memory_share(settings.workers_per_node)
+        self.loras: Cache[LoRA] = Cache(memory, n_bytes)
         # beside the model in the GPU's memory, unlike the LoRAs
-        self.calibrations: Cache[Calibration] = Cache(
-            settings.memory_cache_bytes // 4, lambda calibration: calibration.n_bytes
-        )
+        room = (self.device.n_bytes or memory) // 4
+        self.calibrations: Cache[Calibration] = Cache(room, lambda calibration: calibration.n_bytes)
+        self.side_by_side = SideBySide(settings.side_by_side, self.device.is_gpu)
+        self.store = PatientStore(settings.store_patience_s)
+        self.uploads = Uploads(self.catalog, self.store, *([] if settings.overlap else [0]))
+        self._fetches = ThreadPoolExecutor(FETCHES, "fetch")
+        self._counted: dict[str, int] = {}
 
     def _load_base(self) -> Base:
         settings = self.settings
@@ -107,47 +103,76 @@ class Worker:
                     f"base {settings.base} on this machine has digest {files.digest[:12]}, the run was planned with"
                     f" {str(settings.base_digest)[:12]}: put the same files on every machine"
                 )
-            dtype = _dtype(settings.dtype, self.device)
-            return load_base(files.directory, device=self.device, dtype=dtype, variant=files.variant)
+            dtype = self.device.dtype(settings.dtype)
+            return load_base(files.directory, device=self.device.name, dtype=dtype, variant=files.variant)
         except (ManifestError, OSError, ValueError) as error:
             raise BadInput(f"base {settings.base} does not load: {error}") from error
 
-    def is_sound(self) -> bool:
-        """False after an error that a GPU does not recover from within a process: every later job would fail too."""
-        try:
-            if self.device.startswith("cuda"):
-                torch.cuda.synchronize()
-        except RuntimeError:
-            return False
-        return True
+    def close(self) -> None:
+        """Take back what has not begun; uploads under way end or leave garbage."""
+        self.store.close()
+        self.uploads.close()
+        self._fetches.shutdown(wait=False, cancel_futures=True)
+
+    # A tile
 
     def run(self, job: Job) -> JobResult:
-        """Merge, sample, commit. Every failure that belongs to the job comes back as a value."""
-        stages: dict[str, float] = {}
-        try:
-            if self.device.startswith("cuda"):
-                torch.cuda.reset_peak_memory_stats()
-            if self._is_committed(job):
-                return JobResult(job.job_id, "already")
-            with translated(job):
-                files, report = self._make(job, stages)
-            with timed(stages, "commit"):
-                entry = self.catalog.commit(job.job_id, identity(job), files, {**report, "stages": dict(stages)})
-            size = sum(object.size for object in entry.objects.values())
-            return JobResult(
-                job.job_id,
-                "committed",
-                stages=stages,
-                n_bytes=size,
-                peak_bytes=self._peak_bytes(),
-                alignments=alignments_of(report),
-            )
-        except AlreadyCommitted:
-            return JobResult(job.job_id, "already", stages=stages)
-        except ServiceError as error:
-            return failed(job, error, stages)
-        except Exception as error:  # a defect of ours, or of a library: the job fails, the worker lives
-            return failed(job, error, stages)
+        """One job from end to end. Every failure that belongs to it comes back as a value."""
+        messages = [*self.work(Tile((job,))), *self.work(Tile(()))]
+        return next(message for message in messages if isinstance(message, JobResult))
+
+    def work(self, tile: Tile) -> Iterator[Message]:
+        """Do the tile's jobs and say what happens. The last word is TileDone; what is still uploading then is reported
+        with the next tile, or with an empty one, which waits for it."""
+        started, waited = time.monotonic(), _Waited()
+        # jobs that may share a forward pass stand together; the order is otherwise the tile's
+        left = deque(sorted(tile.jobs, key=merges_like))
+        while left:
+            jobs = self._next(left)
+            yield Began(tuple(job.job_id for job in jobs))
+            if self.settings.overlap:
+                self._fetch_ahead([*islice(left, 2 * len(jobs)), *tile.ahead])
+            yield from self._do(jobs, waited)
+            yield from self.uploads.finished()
+        if not tile.jobs:
+            while self.uploads.pending:
+                yield from self._wait_for_upload(waited)
+        seconds = time.monotonic() - started
+        yield self._done(seconds, max(0.0, seconds - waited.seconds))
+
+    def _next(self, left: deque[Job]) -> list[Job]:
+        jobs = [left.popleft()]
+        while left and len(jobs) < self.side_by_side.size and merges_like(left[0]) == merges_like(jobs[0]):
+            jobs.append(left.popleft())
+        return jobs
+
+    def _do(self, jobs: Sequence[Job], waited: "_Waited") -> Iterator[Message]:
+        """Merge and sample `jobs`, which may share a forward pass. Results of those that end here; the rest uploads."""
+        ready: list[Ready] = []
+        for job in jobs:
+            stages: dict[str, float] = {}
+            try:
+                with translated(job):
+                    if (yield from self._waiting(partial(self._is_committed, job), waited)):
+                        yield JobResult(job.job_id, "already")
+                    else:
+                        ready.append((yield from self._prepared(job, stages, waited)))
+            except Exception as error:
+                yield failed(job, error, stages, getattr(error, "sha256", None))
+        for one, merged in self._merge(ready):
+            try:
+                with translated(one.job):
+                    if isinstance(merged, Exception):
+                        raise merged
+                    made = self._made(one, merged)
+            except Exception as error:  # a defect of ours, or of a library: the job fails, the worker lives
+                yield failed(one.job, error, one.stages)
+            else:
+                while self.uploads.pending > self.uploads.ahead:
+                    yield from self._wait_for_upload(waited)
+                self.uploads.start(made)
+                if self.uploads.ahead == 0:
+                    yield from self._wait_for_upload(waited)
 
     def _is_committed(self, job: Job) -> bool:
         """Before any work: another run on the same catalog may have been here since this one was planned."""
@@ -157,37 +182,120 @@ class Worker:
             return False
         return True
 
-    def _make(self, job: Job, stages: dict[str, float]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    def _waiting(self, function: Callable[[], T], waited: "_Waited") -> Generator[Message, None, T]:
+        """The function's value, from a thread; signs of life while the store is away. To be used with `yield from`."""
+        with waited:
+            future: Future[T] = self._fetches.submit(self.store.call, function)
+            while True:
+                try:
+                    return future.result(STALL_S)
+                except TimeoutError:
+                    if future.done():
+                        raise
+                yield Stalled(self.store.trouble or "reading")
+
+    def _wait_for_upload(self, waited: "_Waited") -> Iterator[Message]:
+        with waited:
+            results = self.uploads.finished(STALL_S)
+        yield from results or (Stalled(self.store.trouble or "uploading"),)
+
+    def _fetch_ahead(self, jobs: Iterable[Job]) -> None:
+        """Have the LoRAs of these jobs in memory before they are asked for. What goes wrong is seen when they are."""
+        wanted = {concept.lora_sha256: concept for job in jobs for concept in (job.subject, job.style)}
+        for concept in wanted.values():
+            if concept.lora_sha256 not in self.loras:
+                self._fetches.submit(self._lora, concept)
+
+    def _done(self, seconds: float, busy_s: float) -> TileDone:
+        caches: dict[str, Cache[Any]] = {"lora": self.loras, "calibration": self.calibrations}
+        now = {"bytes": self.files.downloaded_bytes}
+        for name, cache in caches.items():
+            now |= {f"{name} hit": cache.hits, f"{name} miss": cache.misses}
+        new = {name: n - self._counted.get(name, 0) for name, n in now.items()}
+        self._counted = now
+        return TileDone(
+            frozenset(str(key) for key in self.loras.held()),
+            seconds,
+            busy_s,
+            {name: new[f"{name} hit"] for name in caches},
+            {name: new[f"{name} miss"] for name in caches},
+            new["bytes"],
+            self.side_by_side.size,
+        )
+
+    # A job
+
+    def _prepared(self, job: Job, stages: dict[str, float], waited: "_Waited") -> Generator[Message, None, Ready]:
         method = METHODS[job.method]
         knobs: Any = TypeAdapter(method.knobs).validate_python(dict(job.knobs))
         if job.scorers:
             with timed(stages, "score"):  # a judge that does not load shall not cost a merge
                 self.judges.load(job.scorers)
         with timed(stages, "fetch"):
-            subject, style = self._lora(job.subject), self._lora(job.style)
+            subject = yield from self._waiting(lambda: self._lora(job.subject), waited)
+            style = yield from self._waiting(lambda: self._lora(job.style), waited)
         observe = method.calibration(knobs, job.seed)
         with timed(stages, "calibrate"):
             calibrations = [
                 self._calibration(concept, lora, observe) if observe else None
                 for concept, lora in ((job.subject, subject), (job.style, style))
             ]
-        with timed(stages, "merge"):
-            merged = method.load()(self.base, [Pair(subject, style, *calibrations)], knobs)[0]
+        return Ready(job, knobs, subject, style, calibrations, stages)
+
+    def _merge(self, ready: Sequence[Ready]) -> Iterator[tuple[Ready, Merged | Exception]]:
+        """Merge side by side; with fewer at a time where memory does not suffice, and one by one to find out whose
+        error it is."""
+        if not ready:
+            return
+        pairs = [
+            Pair(one.subject, one.style, subject_calibration=one.calibrations[0], style_calibration=one.calibrations[1])
+            for one in ready
+        ]
+        stages: dict[str, float] = {}
+        free, before = self.device.memory()
+        merged: list[Merged] = []
+        failure: Exception | None = None
+        try:
+            with timed(stages, "merge"):
+                merged = METHODS[ready[0].job.method].load()(self.base, pairs, ready[0].knobs)
+        except Exception as error:
+            failure = error
+        for one in ready:
+            one.stages["merge"] = one.stages.get("merge", 0.0) + stages["merge"] / len(ready)
+            one.peak_bytes, one.neighbours = self.device.peak_bytes(), len(ready) - 1
+        if failure is None:
+            self.side_by_side.fitted(len(ready), self.device.peak_bytes() - before if self.device.is_gpu else 0, free)
+            yield from zip(ready, merged, strict=True)
+        elif len(ready) == 1:
+            yield ready[0], failure
+        else:
+            failure = failure.with_traceback(None) if is_out_of_memory(failure) else failure
+            half = len(ready) // 2 if is_out_of_memory(failure) else 1
+            if is_out_of_memory(failure):
+                self.side_by_side.too_many(len(ready))
+                self.device.give_back()
+            for first in range(0, len(ready), half):
+                yield from self._merge(ready[first : first + half])
+
+    def _made(self, one: Ready, merged: Merged) -> Made:
+        job, stages = one.job, one.stages
         with timed(stages, "write"):
-            files = written(job, merged, self._circumstances(calibrations))
+            files = written(job, merged, self._circumstances(one.calibrations))
         with timed(stages, "sample"):
             pictures = self._samples(job, files["merged.safetensors"], merged)
             files |= pictures
             if pictures:
                 files["merged.png"] = next(iter(pictures.values()))
-        report = self._report(job, merged, calibrations, (subject, style))
+        report = self._report(one, merged)
         if job.scorers:
             with timed(stages, "score"):
                 references: dict[Role, list[Image.Image]] = {
                     concept.role: self._images(concept) for concept in (job.subject, job.style)
                 }
                 report["scores"] = scored(job, report["samples"], files, references, self.judges)
-        return files, report
+        peak = max(one.peak_bytes, self.device.peak_bytes())
+        result = JobResult(job.job_id, "committed", stages=stages, peak_bytes=peak, alignments=alignments_of(report))
+        return Made(job, files, report, result)
 
     def _circumstances(self, calibrations: Sequence[Calibration | None]) -> dict[str, str]:
         """What the job does not say and the file's header shall."""
@@ -202,7 +310,10 @@ class Worker:
     def _lora(self, concept: Concept) -> LoRA:
         def load() -> LoRA:
             with self.files.hold(concept.lora, concept.lora_sha256) as path:
-                return formats.read_lora(path, name=concept.lora).lora
+                try:
+                    return formats.read_lora(path, name=concept.lora).lora
+                except LoRAError as error:
+                    raise BrokenLoRA(f"{concept.role} {concept.id}: {error}", concept.lora_sha256) from error
 
         lora = self.loras.get(concept.lora_sha256, load)
         return lora if concept.weight == 1.0 else scaled(lora, concept.weight)
@@ -233,148 +344,62 @@ class Worker:
         if settings.n_images == 0:
             return {}
         published = formats.read_lora(merged_file, name="merged.safetensors").lora
-        for strength in settings.style_strengths:
-            lora = published if strength == 1.0 else restyled(published, merged.subject_rank, strength)
-            samples = [sample for sample in sample_list(job) if sample["style_strength"] == strength]
-            with self.base.slots.loaded([[lora]]):
-                images = sample_images(
-                    self.base,
-                    [sample["prompt"] for sample in samples],
-                    [sample["seed"] for sample in samples],
-                    steps=settings.steps,
-                    guidance=settings.guidance,
-                    width=settings.width,
-                    height=settings.height,
-                    negative=settings.negative,
-                    scheduler=settings.scheduler,
-                )
-            for sample, image in zip(samples, images, strict=True):
-                text = {key: sample[key] for key in ("prompt", "seed", "style_strength")} | {"job": job.job_id}
-                files[sample["object"]] = png(image, text)
+        loras = {
+            strength: published if strength == 1.0 else restyled(published, merged.subject_rank, strength)
+            for strength in settings.style_strengths
+        }
+        samples = sample_list(job)
+        images = sample_requests(
+            self.base,
+            [Request(loras[sample["style_strength"]], sample["prompt"], sample["seed"]) for sample in samples],
+            steps=settings.steps,
+            guidance=settings.guidance,
+            width=settings.width,
+            height=settings.height,
+            negative=settings.negative,
+            scheduler=settings.scheduler,
+        )
+        for sample, image in zip(samples, images, strict=True):
+            text = {key: sample[key] for key in ("prompt", "seed", "style_strength")} | {"job": job.job_id}
+            files[sample["object"]] = png(image, text)
         return dict(sorted(files.items()))
 
-    def _report(self, job: Job, merged: Merged, calibrations: list[Any], loras: tuple[LoRA, LoRA]) -> dict[str, Any]:
+    def _report(self, one: Ready, merged: Merged) -> dict[str, Any]:
         report: dict[str, Any] = {
             "merge": dict(merged.report),
-            "device": self._device_name(),
+            "device": self.device.model,
             "dtype": str(self.base.dtype).removeprefix("torch."),
+            "merged_beside": one.neighbours,  # other pairs in the same forward pass: they change the last bits
         }
-        for concept, calibration, lora in zip((job.subject, job.style), calibrations, loras, strict=True):
+        sides = zip((one.job.subject, one.job.style), one.calibrations, (one.subject, one.style), strict=True)
+        for concept, calibration, lora in sides:
             carried = [path for path in lora.layers if path not in self.base.slots.targets]
             report[concept.role] = {
                 "calibrated_on": calibration.source if calibration else None,
                 "merged_modules": len(lora.layers) - len(carried),
                 "carried_modules": len(carried),
             }
-        report["samples"] = sample_list(job)
-        report["peak_bytes"] = self._peak_bytes()
+        report["samples"] = sample_list(one.job)
+        report["peak_bytes"] = max(one.peak_bytes, self.device.peak_bytes())
         return report
 
-    def _peak_bytes(self) -> int:
-        """Peak GPU memory of this job; on the CPU the process' peak so far."""
-        if self.device.startswith("cuda"):
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name() if self.device.startswith("cuda") else "cpu"
+class _Waited:
+    """Seconds spent waiting for something outside."""
 
+    def __init__(self) -> None:
+        self.seconds = self._since = 0.0
 
-class Cache(Generic[T]):
-    """Least recently used values of at most `limit_bytes` in all; one that is larger by itself is made, returned
-    and not kept."""
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
 
-    def __init__(self, limit_bytes: int, size: Callable[[T], int]) -> None:
-        self.limit_bytes, self.size = limit_bytes, size
-        self.values: OrderedDict[Hashable, T] = OrderedDict()
-        self.n_bytes = 0
-
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        if key in self.values:
-            self.values.move_to_end(key)
-            return self.values[key]
-        value = make()
-        self.values[key] = value
-        self.n_bytes += self.size(value)
-        while self.n_bytes > self.limit_bytes:
-            _, oldest = self.values.popitem(last=False)
-            self.n_bytes -= self.size(oldest)
-        return value
+    def __exit__(self, *exception: object) -> None:
+        self.seconds += time.monotonic() - self._since
 
 
-def written(job: Job, merged: Merged, circumstances: Mapping[str, str]) -> dict[str, bytes]:
-    """The files of a merge: the LoRA for every tool, its sidecar, the mergers, and the PEFT twin if the manifest
-    asks for one."""
-    title = f"{job.subject.id} × {job.style.id} ({job.method})"
-    trigger = f"{job.subject.trigger}, {job.style.trigger}"
-    metadata = {**merge_metadata(job, merged), **circumstances}
-    files = {
-        "merged.safetensors": formats.write_kohya(
-            merged.lora(), metadata=metadata, architecture=job.base.architecture, title=title, trigger=trigger
-        ),
-        "merged.json": formats.sidecar(
-            trigger=trigger,
-            description=f"{title}: ZipLoRA catalog, job {job.job_id[:12]}",
-            architecture=job.base.architecture,
-        ),
-    }
-    if merged.mergers is not None:
-        files["mergers.safetensors"] = formats.write_mergers(merged.mergers, metadata)
-    if "peft" in job.outputs:
-        files["peft.safetensors"] = formats.write_peft(merged.lora(), metadata=metadata)
-    return files
-
-
-def merge_metadata(job: Job, merged: Merged) -> dict[str, str]:
-    """What makes the file describe itself: base, method, knobs, seed and both sources by digest."""
-    return {
-        "modelspec.merged_from": f"{job.subject.id}, {job.style.id}",
-        "ziplora.job_id": job.job_id,
-        "ziplora.base": job.base.digest,
-        "ziplora.method": job.method,
-        "ziplora.knobs": json.dumps(dict(job.knobs), sort_keys=True),
-        "ziplora.seed": str(job.seed),
-        "ziplora.subject": job.subject.lora_sha256,
-        "ziplora.style": job.style.lora_sha256,
-        "ziplora.subject_weight": repr(job.subject.weight),
-        "ziplora.style_weight": repr(job.style.weight),
-        # in every module the first rows are the subject's: enough to change the style's strength later
-        "ziplora.subject_rank": str(merged.subject_rank),
-    }
-
-
-def sample_list(job: Job) -> list[dict[str, Any]]:
-    """What each sample shows, in the order of their numbers."""
-    return [
-        {
-            "object": f"samples/{number:03}.png",
-            "prompt": render(prompt.template, job.subject, job.style),
-            "name": prompt.name,
-            "style_strength": strength,
-            "seed": seed,
-        }
-        for number, (prompt, strength, seed) in enumerate(
-            (prompt, strength, seed)
-            for prompt in job.samples.prompts
-            for strength in job.samples.style_strengths
-            for seed in job.samples.seeds
-        )
-    ]
-
-
-def png(image: Image.Image, text: Mapping[str, Any]) -> bytes:
-    info = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        info.add_text(key, str(value))
-    out = BytesIO()
-    image.save(out, "PNG", pnginfo=info)
-    return out.getvalue()
-
-
-def failed(job: Job, error: Exception, stages: Mapping[str, float]) -> JobResult:
-    kind = type(error).__name__ if isinstance(error, ServiceError) else "Defect"
-    reason = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {error}"
-    return JobResult(job.job_id, "failed", kind, reason, traceback.format_exc(), stages)
+def merges_like(job: Job) -> tuple[str, str]:
+    """Equal for jobs that can share a forward pass."""
+    return job.method, canonical_json(dict(job.knobs))
 
 
 @contextmanager
@@ -388,31 +413,9 @@ def translated(job: Job) -> Iterator[None]:
         raise
     except (ValueError, ArithmeticError) as error:
         raise BadInput(f"{job.pair}: {error}") from error
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(f"{job.pair}: {error}: use a GPU with more memory, or a smaller sample size") from error
 
 
-@contextmanager
-def timed(stages: dict[str, float], name: str) -> Iterator[None]:
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # or the GPU's work would be billed to a later stage
-        stages[name] = stages.get(name, 0.0) + time.monotonic() - started
-
-
-def repeatable() -> None:
-    """A seed decides the result on a GPU too: attention's backward pass and cuBLAS otherwise sum in any order."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def _dtype(name: str, device: str) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise BadInput(f"dtype {name} is unknown; one of float32, bfloat16")
-    return dtype
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)

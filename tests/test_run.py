@@ -12,13 +12,13 @@ import pytest
 from service import events
 from service.catalog import Catalog
 from service.errors import BadInput
+from service.faults import Limits
 from service.jobs import Job
+from service.messages import WorkerSettings
 from service.metrics import Metrics
 from service.pool import InlinePool, Pool
 from service.ray_pool import RayPool
 from service.run import Progress, run
-from service.tiles import Limits
-from service.worker import WorkerSettings
 from tests.commands import wait_until
 from tests.grid import Grid
 from tests.test_worker import jobs_of, settings

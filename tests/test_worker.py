@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from service.caches import Cache
 from service.jobs import Job
 from service.manifest import read_manifest
+from service.messages import WorkerSettings
 from service.plan import plan
-from service.worker import Cache, Worker, WorkerSettings
+from service.worker import Worker
 from tests.grid import Grid
 from ziplora import formats
 from ziplora.lora import delta

@@ -1,0 +1,81 @@
+"""The files of a merge: what is in them, what they say of themselves, and the pictures beside them."""
+
+import json
+from collections.abc import Mapping
+from io import BytesIO
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from service.jobs import Job, render
+from ziplora import formats
+from ziplora.merged import Merged
+
+
+def written(job: Job, merged: Merged, circumstances: Mapping[str, str]) -> dict[str, bytes]:
+    """The files of a merge: the LoRA for every tool, its sidecar, the mergers, and the PEFT twin if the manifest
+    asks for one."""
+    title = f"{job.subject.id} × {job.style.id} ({job.method})"
+    trigger = f"{job.subject.trigger}, {job.style.trigger}"
+    metadata = {**merge_metadata(job, merged), **circumstances}
+    files = {
+        "merged.safetensors": formats.write_kohya(
+            merged.lora(), metadata=metadata, architecture=job.base.architecture, title=title, trigger=trigger
+        ),
+        "merged.json": formats.sidecar(
+            trigger=trigger,
+            description=f"{title}: ZipLoRA catalog, job {job.job_id[:12]}",
+            architecture=job.base.architecture,
+        ),
+    }
+    if merged.mergers is not None:
+        files["mergers.safetensors"] = formats.write_mergers(merged.mergers, metadata)
+    if "peft" in job.outputs:
+        files["peft.safetensors"] = formats.write_peft(merged.lora(), metadata=metadata)
+    return files
+
+
+def merge_metadata(job: Job, merged: Merged) -> dict[str, str]:
+    """What makes the file describe itself: base, method, knobs, seed and both sources by digest."""
+    return {
+        "modelspec.merged_from": f"{job.subject.id}, {job.style.id}",
+        "ziplora.job_id": job.job_id,
+        "ziplora.base": job.base.digest,
+        "ziplora.method": job.method,
+        "ziplora.knobs": json.dumps(dict(job.knobs), sort_keys=True),
+        "ziplora.seed": str(job.seed),
+        "ziplora.subject": job.subject.lora_sha256,
+        "ziplora.style": job.style.lora_sha256,
+        "ziplora.subject_weight": repr(job.subject.weight),
+        "ziplora.style_weight": repr(job.style.weight),
+        # in every module the first rows are the subject's: enough to change the style's strength later
+        "ziplora.subject_rank": str(merged.subject_rank),
+    }
+
+
+def sample_list(job: Job) -> list[dict[str, Any]]:
+    """What each sample shows, in the order of their numbers."""
+    return [
+        {
+            "object": f"samples/{number:03}.png",
+            "prompt": render(prompt.template, job.subject, job.style),
+            "name": prompt.name,
+            "style_strength": strength,
+            "seed": seed,
+        }
+        for number, (prompt, strength, seed) in enumerate(
+            (prompt, strength, seed)
+            for prompt in job.samples.prompts
+            for strength in job.samples.style_strengths
+            for seed in job.samples.seeds
+        )
+    ]
+
+
+def png(image: Image.Image, text: Mapping[str, Any]) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, str(value))
+    out = BytesIO()
+    image.save(out, "PNG", pnginfo=info)
+    return out.getvalue()
