@@ -22,6 +22,7 @@ from rich.table import Table
 from service import events
 from service.catalog import Catalog
 from service.cli_catalog import COMMANDS as CATALOG_COMMANDS
+from service.cli_jobs import COMMANDS as JOB_COMMANDS
 from service.cli_options import CATALOG_HELP, filtered, open_catalog
 from service.cli_pages import COMMANDS as PAGE_COMMANDS
 from service.cli_train import train
@@ -38,6 +39,7 @@ from service.console import (
 )
 from service.entry import alignments
 from service.errors import NotFound, ServiceError, StorageError
+from service.ray_token import join_with_token, start_with_token
 from ziplora.errors import LoRAError
 
 
@@ -258,6 +260,7 @@ def execute(
     from service.messages import WorkerSettings
     from service.metrics import Metrics
     from service.run import run as drive
+    from service.standing import StandingRecord
 
     if inline and address:
         raise click.UsageError("--inline runs without Ray, so it takes no --address")
@@ -275,6 +278,7 @@ def execute(
         threads=threads,
     )
     run_id = new_run_id(planned.manifest_digest)
+    standing = StandingRecord(catalog, run_id)
     interrupted, problem = False, None
     summary = Summary()
     pool = None
@@ -290,7 +294,7 @@ def execute(
                 already=len(planned.committed),
                 limits=Limits(attempts=attempts, deadline_s=deadline),
                 prior_s=planned.duration.total_s / len(planned.left),
-                observers=[summary.observe, metrics.observe, progress.observe],
+                observers=[summary.observe, metrics.observe, progress.observe, standing.observe],
             )
         except KeyboardInterrupt:
             interrupted = True
@@ -303,6 +307,8 @@ def execute(
         server.shutdown()
     unfinished = interrupted or problem is not None
     summary.committed_now = len(catalog.committed() & {job.job_id for job in planned.left}) if unfinished else None
+    now = summary.committed_now
+    standing.close(None if now is None else len(planned.committed) + now)
     leave_record(catalog, run_id, manifest, metrics, summary)
     if not unfinished:  # an unfinished run shall end at once; the next one brings the index up to date
         index = catalog.build_index()
@@ -321,6 +327,7 @@ def make_pool(settings: Any, inline: bool, workers: int | None, address: str | N
 
     if inline:
         return InlinePool(settings)
+    (join_with_token if address else start_with_token)(os.environ)  # before ray is imported
     from service.ray_pool import RayPool
 
     return RayPool(settings, workers, address, cpus_per_worker=settings.threads, most=jobs)
@@ -448,7 +455,7 @@ class RunProgress:
 
 # The catalog
 
-for command in (*CATALOG_COMMANDS, *PAGE_COMMANDS):
+for command in (*CATALOG_COMMANDS, *JOB_COMMANDS, *PAGE_COMMANDS):
     cli.add_command(command)
 
 

@@ -40,7 +40,8 @@ def test_run_then_look_around_then_pull(grid: Grid) -> None:
     shown = json.loads(ziplora("show", root / "catalog", "dog/ink").stdout)
     assert shown["report"]["subject"]["calibrated_on"] == "images"
     (record,) = (root / "catalog/runs").iterdir()
-    assert {path.name for path in record.iterdir()} == {"manifest.yaml", "metrics.prom", "summary.json"}
+    left = {path.name for path in record.iterdir()}
+    assert left == {"manifest.yaml", "metrics.prom", "standing.json", "summary.json"}
     assert 'ziplora_jobs{state="committed"} 4.0' in (record / "metrics.prom").read_text()
     assert (root / "catalog/index/all.parquet").exists()
 
