@@ -1,9 +1,9 @@
 """Workers as Ray actors: a Ray of our own on this machine by default, a cluster by its address.
 
-One call at a time per actor, watched with `ray.wait`, instead of Ray's own queues and retries: when an actor dies,
-the calls queued behind the running one fail with it, `ActorPool` does not replace dead actors, and a task that Ray
-retries by itself would not look for the entry first. Actors restart by themselves (`max_restarts=-1`); what they
-were doing is the control loop's to decide.
+One tile at a time per actor, whose messages are streamed back and watched with `ray.wait`, instead of Ray's own queues
+and retries: when an actor dies, the calls queued behind the running one fail with it, `ActorPool` does not replace dead
+actors, and a task that Ray retries by itself would not look for the entry first. Actors restart by themselves
+(`max_restarts=-1`); what they were doing is the control loop's to decide.
 """
 
 import logging
@@ -11,24 +11,28 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
+import ray._private.state
+import ray.util.client
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.errors import BadInput, DeadlineExceeded, OutOfMemory, ServiceError, WorkerLost
-from service.jobs import Job, from_json, to_json
-from service.pool import Done, Lost, Ready, Report
-from service.worker import JobResult, Worker, WorkerSettings
+from service.jobs import from_json, to_json
+from service.messages import JobResult, Message, Tile, TileDone, WorkerSettings
+from service.pool import Leaving, Lost, Ready, Report, Said
 
 MAX_LOAD_FAILURES = 3  # in a row, of one worker, before its place stays empty
 LOAD_DEADLINE_S = 1800.0  # for a base over a slow network
 PATIENCE_S = 1800.0  # for Ray to restart an actor: after a node was lost, until its capacity is back
 PING_S = (0.5, 15.0)  # between looks at an actor that is restarting: at first, at most
+DRAIN_LOOK_S = 2.0  # between looks at which nodes are being drained
+Make = Callable[[WorkerSettings], Any]  # builds a worker inside of its actor
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +69,34 @@ class NoCluster(ServiceError):
 class _Actor:
     """The process side. Loading is a call of its own, so that an error in it has a message and no restart loop."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
-        self.settings = settings
-        self.worker: Worker | None = None
+    def __init__(self, settings: WorkerSettings, make: Make | None) -> None:
+        self.settings, self.make = settings, make
+        self.worker: Any = None
 
-    def load(self) -> tuple[str, float, "Process"]:
-        self.worker = Worker(self.settings)
-        return self.worker.device, self.worker.load_s, this_process()
+    def load(self) -> tuple[str, float, Process]:
+        if self.make is None:
+            from service.worker import Worker
 
-    def run(self, job: str) -> JobResult:
+            self.make = Worker
+        self.worker = self.make(self.settings)
+        return self.worker.device.name, self.worker.load_s, this_process()
+
+    def work(self, jobs: list[str], ahead: list[str]) -> Iterator[list[Message]]:
+        """What the worker says, as it says it; small messages together with the next one."""
         if self.worker is None:  # restarted behind our back
             self.load()
-        assert self.worker is not None
-        result = self.worker.run(from_json(job))
-        if not self.worker.is_sound():
-            os._exit(1)  # Ray starts a fresh process; the job comes back as lost and is tried again
-        return result
+        said: list[Message] = []
+        for message in self.worker.work(Tile(tuple(map(from_json, jobs)), tuple(map(from_json, ahead)))):
+            said.append(message)
+            if not isinstance(message, JobResult):  # results wait for the Began or TileDone that follows them at once
+                yield said
+                said = []
+        if not self.worker.device.is_sound():
+            os._exit(1)  # Ray starts a fresh process; what had no result yet comes back as lost
+
+    def work_unheard(self, jobs: list[str], ahead: list[str]) -> list[list[Message]]:
+        """`work` for a Ray Client, which has no streams."""
+        return list(self.work(jobs, ahead))
 
     def ping(self) -> None:
         pass
@@ -88,12 +104,12 @@ class _Actor:
 
 @dataclass(slots=True)
 class _Call:
-    """What an actor is doing: a job, loading its base (job None), or answering whether it is back (`ping`)."""
+    """What an actor is doing: a tile, loading its base, or answering whether it is back (`ping`)."""
 
-    ref: Any
-    job: Job | None
-    deadline: float  # on the monotonic clock
-    ping: bool = False
+    ref: Any  # an object, or a stream of them
+    doing: Literal["tile", "load", "ping"]
+    deadline: float  # on the monotonic clock; for a tile, until its next word
+    patience_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -107,7 +123,7 @@ class _Absence:
 
 class RayPool:
     """`size` actors on `address` (None: a Ray started here and ended by `close`), each with one GPU if the cluster
-    has any."""
+    has any. `make` builds what works in each of them."""
 
     def __init__(
         self,
@@ -116,16 +132,21 @@ class RayPool:
         address: str | None = None,
         cpus_per_worker: int = 1,
         most: int | None = None,
+        make: Make | None = None,
     ) -> None:
-        self._settings = settings
         self._own = connect(address, cpus=max(os.cpu_count() or 1, (size or 1) * cpus_per_worker))
+        self._streams = not ray.util.client.ray.is_connected()
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if settings.device == "cpu":
             gpus = 0
         size = min(size or gpus or 1, most or 2**31)
-        if not self._fits(cpus_per_worker):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(node.get("CPU", 0) >= cpus_per_worker for node in nodes):
             raise BadInput(f"no node has {cpus_per_worker} CPUs: take fewer --threads")
         on_gpu = bool(gpus) or settings.device.startswith("cuda")
+        densest = max(node.get("GPU", 0) if on_gpu else node.get("CPU", 0) // cpus_per_worker for node in nodes)
+        self._settings = replace(settings, workers_per_node=int(min(max(densest, 1), size)))
+        self._make = make
         options = {
             "num_cpus": cpus_per_worker,
             "num_gpus": 1 if on_gpu else 0,
@@ -136,43 +157,54 @@ class RayPool:
         self._actors: dict[str, Any] = {}
         self._calls: dict[str, _Call] = {}
         self._absent: dict[str, _Absence] = {}
+        self._leaving: set[str] = set()
         self._load_failures: dict[str, int] = {}
+        self._next_drain_look = 0.0
         self.processes: dict[str, Process] = {}
         for number in range(size):
             self._add(f"worker-{number}")
-
-    @staticmethod
-    def _fits(cpus: float) -> bool:
-        return any(node["Resources"].get("CPU", 0) >= cpus for node in ray.nodes() if node["Alive"])
 
     @property
     def size(self) -> int:
         return len(self._actors)
 
-    def idle(self) -> Sequence[str]:
-        return [worker for worker in self._actors if worker not in self._calls and worker not in self._absent]
-
-    def start(self, worker: str, job: Job, deadline_s: float) -> None:
-        ref = self._actors[worker].run.remote(to_json(job))
-        self._calls[worker] = _Call(ref, job, time.monotonic() + deadline_s)
+    def start(self, worker: str, tile: Tile, deadline_s: float) -> None:
+        jobs, ahead = [to_json(job) for job in tile.jobs], [to_json(job) for job in tile.ahead]
+        if self._streams:
+            ref = self._actors[worker].work.options(num_returns="streaming").remote(jobs, ahead)
+        else:
+            ref = self._actors[worker].work_unheard.remote(jobs, ahead)
+            deadline_s *= max(1, len(jobs))  # nothing is heard before all are done
+        self._calls[worker] = _Call(ref, "tile", time.monotonic() + deadline_s, deadline_s)
 
     def wait(self, timeout_s: float) -> Sequence[Report]:
         self._look_for_absent()
+        reports = self._look_for_drained()
         by_ref = {call.ref: worker for worker, call in self._calls.items()}
-        if not by_ref:
-            time.sleep(min(timeout_s, PING_S[0]))
-            return []
+        if not by_ref or reports:
+            time.sleep(0 if reports else min(timeout_s, PING_S[0]))
+            return reports
         next_deadline = min(call.deadline for call in self._calls.values()) - time.monotonic()
-        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=max(0.0, min(timeout_s, next_deadline)))
-        reports = [report for ref in ready if (report := self._collect(by_ref[ref])) is not None]
-        return [*reports, *self._expire()]
+        timeout_s = max(0.0, min(timeout_s, next_deadline))
+        # all that is there already, else the first that comes
+        ready, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0)
+        if not ready:
+            ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=timeout_s)
+        for ref in ready:
+            reports += self._collect(by_ref[ref])
+        return reports + self._expire()
 
-    def shrink(self, size: int) -> None:
-        loading = [worker for worker, call in self._calls.items() if call.job is None]
+    def shrink(self, size: int, spare: Iterable[str]) -> Sequence[str]:
+        loading = [worker for worker, call in self._calls.items() if call.doing != "tile"]
         # a worker that has loaded is worth more than one that has yet to
-        for worker in [*self._absent, *loading, *self.idle()][: max(0, len(self._actors) - size)]:
-            if worker in self._actors:
-                self._remove(worker)
+        surplus = list(dict.fromkeys([*self._absent, *loading, *spare]))[: max(0, len(self._actors) - size)]
+        for worker in surplus:
+            self._remove(worker)
+        return surplus
+
+    def replace(self, worker: str) -> None:
+        self._remove(worker)
+        self._add(worker)  # waits for room on another node
 
     def close(self) -> None:
         for worker in list(self._actors):
@@ -181,73 +213,105 @@ class RayPool:
             ray.shutdown()
 
     def _add(self, worker: str) -> None:
-        self._actors[worker] = self._actor_class.remote(self._settings)
+        self._actors[worker] = self._actor_class.remote(self._settings, self._make)
         self._load(worker)
 
     def _load(self, worker: str) -> None:
-        self._calls[worker] = _Call(self._actors[worker].load.remote(), None, time.monotonic() + LOAD_DEADLINE_S)
+        self._calls[worker] = _Call(self._actors[worker].load.remote(), "load", time.monotonic() + LOAD_DEADLINE_S)
 
     def _remove(self, worker: str) -> None:
         ray.kill(self._actors.pop(worker), no_restart=True)
         self._calls.pop(worker, None)
         self._absent.pop(worker, None)
+        self._leaving.discard(worker)
+        self.processes.pop(worker, None)
 
-    def _collect(self, worker: str) -> Report | None:
-        call = self._calls.pop(worker)
+    def _collect(self, worker: str) -> list[Report]:
+        call = self._calls[worker]
         try:
+            if call.doing == "tile" and self._streams:
+                return self._heard(worker, call, ray.get(next(call.ref)))
             value = ray.get(call.ref)
+        except StopIteration:  # a stream that ended without a TileDone
+            return [self._lost(worker, call, WorkerLost(f"{worker} ended in the middle of a tile"))]
         except exceptions.RayTaskError as error:
             # raised by our code inside the actor, which lives
             cause = error.cause if isinstance(error.cause, Exception) else error
-            if isinstance(cause, BadInput) and call.job is None:
-                return self._lost(worker, call, cause)
-            return self._lost(worker, call, WorkerLost(f"{worker} failed outside of a job: {cause!r}"))
+            if isinstance(cause, BadInput) and call.doing == "load":
+                return [self._lost(worker, call, cause)]
+            return [self._lost(worker, call, WorkerLost(f"{worker} failed outside of a job: {cause!r}"))]
         except exceptions.OutOfMemoryError as error:
-            return self._lost(worker, call, OutOfMemory(f"{worker} was ended, its node ran out of memory: {error}"))
+            return [self._lost(worker, call, OutOfMemory(f"{worker} was ended, its node ran out of memory: {error}"))]
         except exceptions.RayError as error:
-            if call.ping:
+            if call.doing == "ping":
                 return self._still_absent(worker, error)
-            return self._lost(worker, call, WorkerLost(f"{worker} ended: {first_line(error)}"))
-        if call.ping:
+            preempted = worker in self._leaving or bool(getattr(error, "preempted", False))
+            return [self._lost(worker, call, WorkerLost(f"{worker} ended: {first_line(error)}"), preempted)]
+        if call.doing == "tile":
+            return [report for said in value for report in self._heard(worker, call, said)]
+        del self._calls[worker]
+        if call.doing == "ping":
             del self._absent[worker]
             self._load(worker)
-            return None
-        if call.job is None:
-            self._load_failures[worker] = 0
-            device, load_s, self.processes[worker] = value
-            return Ready(worker, device, load_s)
-        return Done(worker, call.job, value)
+            return []
+        self._load_failures[worker] = 0
+        device, load_s, self.processes[worker] = value
+        return [Ready(worker, device, load_s)]
 
-    def _lost(self, worker: str, call: _Call, error: ServiceError) -> Lost:
-        failures = self._load_failures.get(worker, 0) + 1 if call.job is None else 0
+    def _heard(self, worker: str, call: _Call, said: Sequence[Message]) -> list[Report]:
+        call.deadline = time.monotonic() + call.patience_s
+        if any(isinstance(message, TileDone) for message in said):
+            del self._calls[worker]
+        return [Said(worker, message) for message in said]
+
+    def _lost(self, worker: str, call: _Call, error: ServiceError, preempted: bool = False) -> Lost:
+        self._calls.pop(worker, None)
+        failures = self._load_failures.get(worker, 0) + 1 if call.doing != "tile" else 0
         self._load_failures[worker] = failures
         # what is wrong with the base on a machine stays wrong
         returns = failures < MAX_LOAD_FAILURES and not isinstance(error, BadInput)
         if returns:
             now = time.monotonic()
+            self._leaving.discard(worker)
             self._absent[worker] = _Absence(now, now + PING_S[0])
         else:
             self._remove(worker)
-        return Lost(worker, call.job, error, returns)
+        return Lost(worker, error, returns, preempted)
 
     def _look_for_absent(self) -> None:
         now = time.monotonic()
         for worker, absence in self._absent.items():
             if worker not in self._calls and absence.next_look <= now:
                 ref = self._actors[worker].ping.remote()
-                self._calls[worker] = _Call(ref, None, now + PATIENCE_S, ping=True)
+                self._calls[worker] = _Call(ref, "ping", now + PATIENCE_S)
 
-    def _still_absent(self, worker: str, error: exceptions.RayError) -> Lost | None:
+    def _look_for_drained(self) -> list[Report]:
+        """Workers whose node was told to go (a spot notice, a scale-down). Its deadline is only advisory."""
+        now = time.monotonic()
+        if not self._streams or now < self._next_drain_look:
+            return []
+        self._next_drain_look = now + DRAIN_LOOK_S
+        draining = ray._private.state.state.get_draining_nodes()
+        going = [
+            worker
+            for worker, process in self.processes.items()
+            if process.node_id in draining and worker not in self._leaving and worker not in self._absent
+        ]
+        self._leaving.update(going)
+        return [Leaving(worker, f"{worker} gets no more work, its node is being drained") for worker in going]
+
+    def _still_absent(self, worker: str, error: exceptions.RayError) -> list[Report]:
+        del self._calls[worker]
         absence, now = self._absent[worker], time.monotonic()
         if now - absence.since > PATIENCE_S:
             self._remove(worker)
             gone = WorkerLost(f"{worker} did not come back within {PATIENCE_S:.0f} s: {first_line(error)}")
-            return Lost(worker, None, gone, returns=False)
+            return [Lost(worker, gone, returns=False)]
         if isinstance(error, exceptions.ActorDiedError):  # for good: Ray will not restart this one
-            self._actors[worker] = self._actor_class.remote(self._settings)
+            self._actors[worker] = self._actor_class.remote(self._settings, self._make)
         absence.interval_s = min(2 * absence.interval_s, PING_S[1])
         absence.next_look = now + absence.interval_s
-        return None
+        return []
 
     def _end(self, worker: str) -> None:
         """End a worker that does not answer; Ray starts another in its place."""
@@ -262,9 +326,8 @@ class RayPool:
         now = time.monotonic()
         reports: list[Report] = []
         for worker, call in [(worker, call) for worker, call in self._calls.items() if call.deadline <= now]:
-            del self._calls[worker]
             self._end(worker)
-            what = "loading its base" if call.job is None else call.job.pair
+            what = "loading its base" if call.doing != "tile" else "a job"
             late = DeadlineExceeded(f"{worker} took too long over {what} and was restarted: is --deadline too short?")
             reports.append(self._lost(worker, call, late))
         return reports
