@@ -345,7 +345,8 @@ class _Loop:
             heapq.heappush(self.waiting, Retry(due, next(self.numbers), tuple(again), worker, until))
         if result.broken_lora is not None and result.broken_lora not in self.broken:
             self._break(result.broken_lora, kind, reason)
-        if verdict is not None and fault == "its own" and (kind != "WorkerLost" or not verdict.retry):
+        # lost workers and a store that is away are nobody's pattern until jobs are given up for it
+        if verdict is not None and (kind not in ("WorkerLost", "Unavailable") or not verdict.retry):
             tripped = self.breaker.note(kind, reason)
             if tripped:
                 raise RunStopped(

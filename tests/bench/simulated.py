@@ -8,12 +8,13 @@ behind, and speaks the messages of a real one.
 import heapq
 import itertools
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 from service.errors import DeadlineExceeded, WorkerLost
-from service.jobs import BaseRef, Concept, Job, SampleSettings
+from service.jobs import BaseRef, Concept, Job, Role, SampleSettings
 from service.messages import Began, JobResult, Message, Stalled, Tile, TileDone
 from service.pool import Leaving, Lost, Ready, Report, Said
 
@@ -43,6 +44,10 @@ class World:
     poison: frozenset[str] = frozenset()  # pairs whose merge ends its process
     hangs: frozenset[str] = frozenset()  # pairs whose first merge never ends
     crashes_per_hour: float = 0.0  # of each worker, of its process alone
+    side_by_side: int = 1  # pairs in one forward pass
+    patience_s: float = 600.0  # a worker's with a store that is away
+    fails: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # pair, or "*", → kind and reason
+    broken: frozenset[str] = frozenset()  # LoRAs
 
 
 @dataclass(slots=True)
@@ -59,6 +64,7 @@ class _Simulated:
     heard: float = 0.0
     deadline_s: float = 0.0
     busy_since: float = 0.0
+    merging: tuple[Job, ...] = ()
 
 
 class SimulatedPool:
@@ -74,6 +80,7 @@ class SimulatedPool:
         self.done: set[str] = set()
         self.commit = commit or self._remember
         self.hung: set[str] = set()
+        self.deaths: Counter[str] = Counter()  # job → how often a worker ended while it was being merged
         self.busy_s = self.loads = self.losses = 0.0
         self._events: list[tuple[float, int, str, int, str]] = []  # a heap: time, number, worker, turn, what
         self._numbers = itertools.count()
@@ -158,6 +165,7 @@ class SimulatedPool:
         self, worker: str, one: _Simulated, error: WorkerLost | DeadlineExceeded, preempted: bool = False
     ) -> Lost:
         self.losses += 1
+        self.deaths.update(job.job_id for job in one.merging)
         for finished, _, job in one.uploads:  # what had reached the store by now stays there
             if finished <= self.now:
                 self.commit(job, self.now)
@@ -169,6 +177,7 @@ class SimulatedPool:
         if one.script is not None:
             self.busy_s += self.now - one.busy_since
         one.present, one.leaving, one.script = False, False, None
+        one.merging = ()
         one.cache.clear()
         one.uploads.clear()
 
@@ -191,46 +200,62 @@ class SimulatedPool:
     def _work(self, one: _Simulated, tile: Tile) -> Iterator[tuple[float, list[Message]]]:
         """(seconds until the next words, words): as service/worker.py does it."""
         started, busy_s = self.now, 0.0
-        loads_before, jobs = self.loads, tile.jobs
-        for job in jobs:
-            said = self._uploaded(one, self.now)
-            if job.job_id in self.done:
-                yield 0.05, [*said, Began((job.job_id,)), JobResult(job.job_id, "already")]
-                continue
-            if job.pair in self.world.poison:
-                yield POISON, [*said, Began((job.job_id,))]
-            if job.pair in self.world.hangs and job.pair not in self.hung:
-                self.hung.add(job.pair)
-                yield HANG, [*said, Began((job.job_id,))]
-            stages = self._stages(one, job, first=job is jobs[0])
-            seconds = sum(stages.values())
-            one.busy_since = self.now + stages["fetch"]
-            yield seconds, [*said, Began((job.job_id,))]
-            busy_s += seconds - stages["fetch"]
-            self.busy_s += seconds - stages["fetch"]
+        loads_before, k = self.loads, self.world.side_by_side
+        for first in range(0, len(tile.jobs), k):
+            jobs = tile.jobs[first : first + k]
+            began = [*self._uploaded(one, self.now), Began(tuple(job.job_id for job in jobs))]
+            one.merging = jobs
+            pairs = {job.pair for job in jobs}
+            if pairs & self.world.poison:
+                yield POISON, began
+            if hanging := pairs & self.world.hangs - self.hung:
+                self.hung |= hanging
+                yield HANG, began
+            ended = {job.job_id: result for job in jobs if (result := self._ends_at_once(job))}
+            new = [job for job in jobs if job.job_id not in ended]
+            began += ended.values()
+            stages = {job.job_id: self._stages(one, job, first=job is tile.jobs[0]) for job in new}
+            fetch_s = sum(times["fetch"] for times in stages.values())
+            compute_s = sum(sum(times.values()) for times in stages.values()) - fetch_s
+            one.busy_since = self.now + fetch_s
+            yield max(0.05, fetch_s + compute_s), began
+            busy_s += compute_s
+            self.busy_s += compute_s
             one.busy_since = self.now
-            result = JobResult(job.job_id, "committed", stages=stages, n_bytes=372_000_000)
-            said = []
-            while len(one.uploads) > 2 and not (said := self._uploaded(one, self.now)):
-                yield 5.0, [Stalled("uploading")]
-            one.uploads.append((self.now + self.world.upload_s * one.slowness, result, job))
-            if said:
-                yield 0.0, said
-        while not jobs and one.uploads:
+            for job in new:
+                while len(one.uploads) > 2:
+                    yield 1.0, [*self._uploaded(one, self.now), Stalled("uploading")]
+                result = JobResult(job.job_id, "committed", stages=stages[job.job_id], n_bytes=372_000_000)
+                one.uploads.append((self.now + self.world.upload_s * one.slowness, result, job))
+            one.merging = ()
+        while not tile.jobs and one.uploads:
             yield max(0.1, min(5.0, one.uploads[0][0] - self.now)), list(self._uploaded(one, self.now))
         one.busy_since = self.now
-        done = TileDone(frozenset(one.cache), self.now - started, busy_s, {}, {"lora": int(self.loads - loads_before)})
+        misses = {"lora": int(self.loads - loads_before)}
+        done = TileDone(frozenset(one.cache), self.now - started, busy_s, {}, misses, side_by_side=k)
         yield 0.0, [*self._uploaded(one, self.now), done]
 
-    def _uploaded(self, one: _Simulated, now: float) -> list[JobResult]:
+    def _ends_at_once(self, job: Job) -> JobResult | None:
+        if job.job_id in self.done:
+            return JobResult(job.job_id, "already")
+        for lora in (job.subject.lora_sha256, job.style.lora_sha256):
+            if lora in self.world.broken:
+                return JobResult(job.job_id, "failed", "BadInput", f"{lora} is no LoRA", broken_lora=lora)
+        fails = self.world.fails.get(job.pair) or self.world.fails.get("*")
+        return JobResult(job.job_id, "failed", *fails) if fails else None
+
+    def _uploaded(self, one: _Simulated, now: float) -> list[Message]:
         """Results of what is in the store by now; while that is away, what is there waits."""
-        results = []
+        results: list[Message] = []
         while one.uploads and one.uploads[0][0] <= now:
-            _, result, job = one.uploads[0]
+            finished, result, job = one.uploads[0]
             status = self.commit(job, now)
-            if not status:
+            if not status and now - finished < self.world.patience_s:
                 break
             one.uploads.pop(0)
+            if not status:
+                results.append(JobResult(job.job_id, "failed", "Unavailable", "the store does not answer"))
+                continue
             results.append(result if status == "committed" else JobResult(job.job_id, status))
         return results
 
@@ -270,12 +295,11 @@ SAMPLES = SampleSettings((), (), 50, 5.0, 1024, 1024)
 
 def grid(subjects: int, styles: int) -> list[Job]:
     """Jobs as the planner makes them; concepts, settings and knobs are shared objects there too."""
-    concepts = [
-        [
-            Concept(f"{role}-{i}", role, f"s3://b/{role}-{i}.safetensors", f"{role}-{i}", "a photo", "sks")
-            for i in range(n)
-        ]
-        for role, n in (("subject", subjects), ("style", styles))
-    ]
+    rows, columns = [concept("subject", i) for i in range(subjects)], [concept("style", i) for i in range(styles)]
     knobs = {"steps": 100}
-    return [Job(BASE, subject, style, "ziplora", knobs, 0, SAMPLES) for subject in concepts[0] for style in concepts[1]]
+    return [Job(BASE, subject, style, "ziplora", knobs, 0, SAMPLES) for subject, style in product(rows, columns)]
+
+
+def concept(role: Role, number: int) -> Concept:
+    name = f"{role}{number}"
+    return Concept(name, role, f"s3://bucket/{name}.safetensors", name, "a photo", "sks")

@@ -1,0 +1,182 @@
+"""The control loop under every fault, in virtual time: exact attempts, nothing lost, nothing committed twice."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from service import events
+from service.catalog import Catalog
+from service.errors import RunStopped
+from service.faults import Limits
+from service.jobs import Job
+from service.metrics import Metrics
+from service.run import Progress, run
+from tests.bench.chaos import chaos
+from tests.bench.simulated import SimulatedPool, World, grid
+from tests.test_metrics import values
+
+LIMITS = Limits(attempts=3)
+
+
+class Run:
+    """Jobs of a grid through the real loop, by simulated workers."""
+
+    def __init__(self, path: Path, world: World, jobs: list[Job], workers: int = 3, limits: Limits = LIMITS) -> None:
+        self.pool, self.catalog, self.seen = SimulatedPool(workers, world), Catalog(path), list[events.Event]()
+        self.jobs, self.limits, self.metrics = jobs, limits, Metrics("test", self.pool.clock)
+
+    def drive(self) -> Progress:
+        self.progress = run(
+            self.jobs,
+            self.pool,
+            self.catalog,
+            run_id="test",
+            limits=self.limits,
+            observers=[self.seen.append, self.metrics.observe],
+            clock=self.pool.clock,
+        )
+        assert self.progress.left == 0
+        assert Counter(self.progress.committed) + Counter(job for job, _ in self.progress.given_up) == Counter(
+            self.jobs
+        )
+        return self.progress
+
+    def attempts(self) -> dict[str, int]:
+        return {
+            job.pair: self.progress.attempts[job.job_id] for job in self.jobs if job.job_id in self.progress.attempts
+        }
+
+    def failed(self, *, counts: bool) -> list[events.JobFailed]:
+        return [event for event in self.seen if isinstance(event, events.JobFailed) and event.counts == counts]
+
+
+@pytest.mark.parametrize("side_by_side", [1, 2, 8])
+def test_a_poison_pair_is_isolated_and_its_neighbours_lose_no_attempt(tmp_path: Path, side_by_side: int) -> None:
+    world = World(poison=frozenset({"subject2/style3"}), side_by_side=side_by_side)
+    made = Run(tmp_path, world, grid(6, 6))
+    progress = made.drive()
+    assert [job.pair for job, _ in progress.given_up] == ["subject2/style3"]
+    assert made.attempts() == {job.pair: 3 if job.pair == "subject2/style3" else 1 for job in made.jobs}
+    (failure,) = made.catalog.failures()
+    assert (failure.kind, failure.attempts) == ("WorkerLost", 3)
+    assert {event.job.pair for event in made.failed(counts=True)} == {"subject2/style3"}
+
+
+def test_a_worker_that_hangs_is_ended_at_its_deadline_and_only_its_job_pays(tmp_path: Path) -> None:
+    made = Run(tmp_path, World(hangs=frozenset({"subject1/style1"})), grid(4, 4), limits=Limits(deadline_s=500))
+    made.drive()
+    assert made.attempts() == {job.pair: 2 if job.pair == "subject1/style1" else 1 for job in made.jobs}
+    assert [event.kind for event in made.failed(counts=True)] == ["DeadlineExceeded"]
+
+
+def test_nodes_that_are_taken_back_cost_no_attempt(tmp_path: Path) -> None:
+    made = Run(tmp_path, World(preemptions_per_hour=30.0), grid(8, 8))
+    progress = made.drive()
+    assert len(progress.committed) == 64
+    assert made.pool.losses > 3
+    assert set(progress.attempts.values()) == {1}
+    assert not made.failed(counts=True)
+
+
+def test_a_notice_lets_the_worker_end_what_it_does(tmp_path: Path) -> None:
+    world = World(preemptions_per_hour=20.0, drained_share=1.0, notice_s=1e6)
+    made = Run(tmp_path, world, grid(8, 8), workers=4)
+    made.drive()
+    gone = [event for event in made.seen if isinstance(event, events.WorkerGone)]
+    assert gone
+    assert all("drained" in event.reason for event in gone)
+    assert made.pool.losses == 0
+    assert not made.failed(counts=True)
+    assert not made.failed(counts=False)
+
+
+def test_a_store_that_is_away_costs_time_only(tmp_path: Path) -> None:
+    made = Run(tmp_path, World(outages=((200.0, 1500.0),)), grid(6, 6))
+    progress = made.drive()
+    assert len(progress.committed) == 36
+    assert set(progress.attempts.values()) == {1}
+    assert {event.kind for event in made.failed(counts=False)} == {"Unavailable"}  # beyond the workers' own patience
+    assert 1500 < made.pool.now < 2500
+    assert any(isinstance(event, events.WorkerStalled) for event in made.seen)
+
+
+def test_a_store_that_stays_away_ends_the_run(tmp_path: Path) -> None:
+    made = Run(tmp_path, World(outages=((100.0, 1e9),), patience_s=60), grid(12, 12), limits=Limits(outage_s=1000))
+    with pytest.raises(RunStopped, match=r"failed the same way \(Unavailable: the store does not answer\)"):
+        made.drive()
+    assert made.pool.now < 10_000
+
+
+def test_a_broken_lora_is_one_reason_for_all_its_pairs(tmp_path: Path) -> None:
+    made = Run(tmp_path, World(broken=frozenset({"style3"})), grid(20, 5))
+    progress = made.drive()
+    assert {job.pair for job, _ in progress.given_up} == {f"subject{i}/style3" for i in range(20)}
+    assert {reason for _, reason in progress.given_up} == {"style3 is no LoRA"}
+    assert len(made.failed(counts=True)) < 12  # those that workers had in hand in that moment
+    assert values(made.metrics)["ziplora_jobs given_up"] == 20
+    assert {failure.reason for failure in made.catalog.failures()} == {"style3 is no LoRA"}
+
+
+def test_out_of_memory_is_tried_elsewhere_and_then_given_up(tmp_path: Path) -> None:
+    made = Run(tmp_path, World(fails={"subject0/style0": ("OutOfMemory", "too large")}), grid(5, 5))
+    progress = made.drive()
+    assert [job.pair for job, _ in progress.given_up] == ["subject0/style0"]
+    tried = [event.worker for event in made.failed(counts=True)]
+    assert len(tried) == 3
+    assert tried[0] != tried[1] != tried[2]
+
+
+def test_when_most_fail_for_one_reason_the_run_stops_and_says_so(tmp_path: Path) -> None:
+    made = Run(tmp_path, World(fails={"*": ("StoreFull", "no space left at /x/1")}), grid(30, 30))
+    with pytest.raises(RunStopped, match=r"20 of the last 20 attempts.*StoreFull: no space left.*900 jobs are left"):
+        made.drive()
+    assert values(made.metrics)["ziplora_jobs left"] > 890
+
+
+def test_metrics_add_up_whatever_happens(tmp_path: Path) -> None:
+    world = World(
+        preemptions_per_hour=10.0, crashes_per_hour=10.0, poison=frozenset({"subject1/style1"}), side_by_side=4
+    )
+    made = Run(tmp_path, world, grid(8, 8), workers=5)
+    made.drive()
+    found = values(made.metrics)
+    states = {state: found[f"ziplora_jobs {state}"] for state in ("left", "running", "committed", "given_up")}
+    given_up = len(made.progress.given_up)
+    assert states == {"left": 0, "running": 0, "committed": 64 - given_up, "given_up": given_up}
+
+
+def test_the_estimate_at_half_time_is_right_on_a_steady_run(tmp_path: Path) -> None:
+    made = Run(tmp_path, World(), grid(20, 20), workers=4)
+    thought: list[tuple[float, float]] = []
+
+    def look(event: events.Event) -> None:
+        if isinstance(event, events.Outlook) and event.left <= 200 and event.seconds is not None:
+            thought.append((made.pool.now, event.seconds))
+
+    run(made.jobs, made.pool, made.catalog, run_id="test", observers=[look], clock=made.pool.clock, prior_s=1.0)
+    at, seconds = thought[0]
+    assert seconds == pytest.approx(made.pool.now - at, rel=0.2)
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
+    world = World(preemptions_per_hour=10.0, crashes_per_hour=5.0, slow_share=0.3)
+    ends = []
+    for name in ("a", "b"):
+        made = Run(tmp_path / name, world, grid(6, 6))
+        made.drive()
+        ends.append((made.pool.now, made.attempts(), len(made.seen)))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_chaos(tmp_path: Path, seed: int) -> None:
+    figures = chaos(seed, tmp_path)
+    assert figures["committed"] + figures["given up"] == figures["jobs"]
+
+
+def test_loras_are_loaded_less_often_than_square_tiles_would_from_scratch(tmp_path: Path) -> None:
+    made = Run(tmp_path, dataclasses.replace(World(), cached_loras=40), grid(48, 48), workers=3)
+    made.drive()
+    assert made.pool.loads / len(made.jobs) < 1.3 * 2 / 16
