@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from service.base_copy import copied
 from service.errors import ManifestError
 from service.inputs import DigestCache, open_input
 from service.jobs import Architecture, BaseRef
@@ -52,7 +53,7 @@ class BaseFiles:
     that determines results, which is what `digest` covers.
     """
 
-    location: str  # absolute directory, or hub id
+    location: str  # absolute directory, s3 URL, or hub id
     revision: str | None  # the commit, for a hub id
     directory: Path
     architecture: Architecture
@@ -77,9 +78,10 @@ class BaseFiles:
 def read_base(
     location: str, revision: str | None = None, *, digests: DigestCache | None = None, download: bool = False
 ) -> BaseFiles:
-    """A diffusers directory, or a hub id in the local hub cache (`download` fetches what is missing).
+    """A diffusers directory, `s3://bucket/prefix` (copied to this node once), or a hub id in the local hub cache
+    (`download` fetches what is missing).
 
-    Raises ManifestError with everything that is wrong, one line each.
+    Raises ManifestError with everything that is wrong, one line each; StorageError for object storage.
     """
     directory, commit = _find(location, revision, download)
     architecture, variant, problems = _check_components(directory, location)
@@ -122,6 +124,10 @@ def is_hub_id(location: str) -> bool:
 
 def _find(location: str, revision: str | None, download: bool) -> tuple[Path, str | None]:
     """The directory, and the commit if it is a hub snapshot."""
+    if location.startswith("s3://"):
+        if revision is not None:
+            raise ManifestError(f"base {location}: a revision goes with a hub id only; remove it")
+        return copied(location, needed_files), None
     path = Path(location)
     if path.is_dir():
         if revision is not None:
@@ -134,7 +140,7 @@ def _find(location: str, revision: str | None, download: bool) -> tuple[Path, st
         )
     if not is_hub_id(location):
         raise ManifestError(
-            f"base {location} does not exist; expected a diffusers directory or a hub id such as "
+            f"base {location} does not exist; expected a diffusers directory, s3://bucket/prefix or a hub id such as "
             "stabilityai/stable-diffusion-xl-base-1.0"
         )
     return find_on_hub("base", location, revision, _download_patterns if download else None)
@@ -163,7 +169,11 @@ def find_on_hub(
 
 def _download_patterns(repo: str, revision: str | None) -> list[str]:
     """What a base needs of a hub repository: full-precision weights where they are complete, else the fp16 variant."""
-    files = {file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or []}
+    return needed_files([file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or []])
+
+
+def needed_files(files: Collection[str]) -> list[str]:
+    """Patterns of what a base needs of these files."""
     parts = [part for part in WEIGHTS if any(file.startswith(f"{part}/") for file in files)]
     settings = ["model_index.json", *(f"{part}/*.json" for part in parts), "scheduler/*.json", "tokenizer*/*"]
     full = all(

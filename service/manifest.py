@@ -304,7 +304,7 @@ class _Reading:
             text = text.get(name)
         if isinstance(text, dict):
             field, text = (*field, "location"), text.get("location")
-        if isinstance(text, str) and text.strip().startswith("s3://"):
+        if isinstance(text, str) and text.strip().startswith("s3://") and field[0] != "base":
             self._problem(
                 field, f"{text} lies in object storage; expected a local directory or a hub id: copy it first"
             )
@@ -312,7 +312,7 @@ class _Reading:
         if isinstance(text, str) and is_hub_id(text.strip()) and self.directory.startswith("s3://"):
             return text.strip()
         path = self._location(field, text)
-        return str(text).strip() if is_hub_id(str(text).strip()) and not os.path.exists(path) else path
+        return str(text).strip() if is_hub_id(str(text).strip()) and not os.path.exists(path) else path.rstrip("/")
 
     def _output(self) -> str:
         text = self.raw.get("output")

@@ -72,7 +72,8 @@ class Strict(BaseModel):
 
 class BaseSection(Strict):
     location: Location = Field(
-        description="a diffusers directory, or a hub id such as stabilityai/stable-diffusion-xl-base-1.0"
+        description="a diffusers directory, s3://bucket/prefix, or a hub id such as"
+        " stabilityai/stable-diffusion-xl-base-1.0"
     )
     revision: Text | None = Field(None, description="commit, branch or tag of a hub id")
 
@@ -128,7 +129,7 @@ class ManifestFile(Strict):
     """The whole file. `pairs`, `merge` and `samples.prompts` have several spellings and are read apart."""
 
     base: Annotated[BaseSection, BeforeValidator(_located, json_schema_input_type=str | BaseSection)] = Field(
-        description="the base model: a diffusers directory or a hub id"
+        description="the base model: a diffusers directory, s3://bucket/prefix or a hub id"
     )
     subjects: dict[str, LoRASection] = Field(min_length=1, description="at least one subject, id: {lora: …, prompt: …}")
     styles: dict[str, LoRASection] = Field(min_length=1, description="at least one style, id: {lora: …, prompt: …}")

@@ -112,7 +112,7 @@ def test_no_pipeline(tmp_path, digests):
         f"base {tmp_path}/sdxl.safetensors is a file; expected a diffusers directory: convert a single-file checkpoint"
     )
     assert message(tmp_path / "none", digests) == (
-        f"base {tmp_path}/none does not exist; expected a diffusers directory or a hub id such as "
+        f"base {tmp_path}/none does not exist; expected a diffusers directory, s3://bucket/prefix or a hub id such as "
         "stabilityai/stable-diffusion-xl-base-1.0"
     )
     assert message(tmp_path, digests, revision="main") == (
