@@ -448,6 +448,41 @@ class TestS3:
                     open_store("s3://bucket/catalog").probe()
                 assert type(caught.value) is error
 
+    def test_a_server_that_asks_to_slow_down_is_asked_again_later(
+        self, swift: Swift, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[str] = []
+
+        def answer(method: str, headers: dict[str, str]) -> tuple[int, bytes]:
+            asked.append(method)
+            return (503, error_body("SlowDown")) if len(asked) < 4 else (200, b"")
+
+        with answering(answer) as port:
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+            open_store("s3://bucket/catalog").put("x", b"1")
+        assert asked == ["PUT"] * 4
+
+    def test_an_upload_in_parts_that_fails_leaves_none_behind(
+        self, swift: Swift, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "large").write_bytes(bytes(40 << 20))
+        begun = b"<InitiateMultipartUploadResult><UploadId>7</UploadId></InitiateMultipartUploadResult>"
+        methods: list[str] = []
+
+        def answer(method: str, headers: dict[str, str]) -> tuple[int, bytes]:
+            methods.append(method)
+            if method == "PUT":
+                return (403, error_body("QuotaExceeded")) if methods.count("PUT") == 2 else (200, b"")
+            return 200, begun
+
+        with answering(answer) as port:
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+            with pytest.raises(StoreFull, match="no space or quota left"):
+                open_store("s3://bucket/catalog").put("x", tmp_path / "large")
+        assert methods[0] == "POST"
+        assert methods[-1] == "DELETE"
+        assert methods.count("POST") == 1  # never completed
+
     @pytest.mark.parametrize(("status", "code"), [(200, ""), (501, "NotImplemented")])
     def test_a_probe_finds_servers_without_conditions(
         self, status: int, code: str, swift: Swift, monkeypatch: pytest.MonkeyPatch
@@ -483,10 +518,11 @@ def answering(answer: Callable[[str, dict[str, str]], tuple[int, bytes]]) -> Ite
             status, body = answer(self.command, dict(self.headers))
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", '"1"')
             self.end_headers()
             self.wfile.write(body)
 
-        do_GET = do_DELETE = do_PUT  # noqa: N815
+        do_GET = do_POST = do_DELETE = do_PUT  # noqa: N815
 
         def log_message(self, *args: object) -> None:
             pass
