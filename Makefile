@@ -42,5 +42,9 @@ bench: venv
 bench-quality: venv
 	$(BIN)/python -m tests.bench.quality
 
+# planning a large manifest, and taking it up again when all of it is committed
+bench-resume: venv swift
+	$(BIN)/python -m tests.bench.resume
+
 clean:
 	rm -rf $(VENV) .venv-swift .pytest_cache .mypy_cache .ruff_cache
