@@ -163,9 +163,9 @@ class LocalCache:
         try:
             self._write(store, key, location, sha256, path)
         except StoreFull:
-            self._make_room(0, path)
+            make_room(self.objects, 0, path)
             self._write(store, key, location, sha256, path)
-        self._make_room(self.max_bytes, path)
+        make_room(self.objects, self.max_bytes, path)
 
     def _write(self, store: Store, key: str, location: str, sha256: str, path: Path) -> None:
         digest = hashlib.sha256()
@@ -176,16 +176,18 @@ class LocalCache:
                 self.downloaded_bytes += len(chunk)
             _check(location, digest.hexdigest(), sha256)
 
-    def _make_room(self, max_bytes: int, keep: Path) -> None:
-        files = []
-        for path in self.objects.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                status = path.stat()
-                files.append((status.st_mtime_ns, status.st_size, path))
-        total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if total > max_bytes and path != keep and path.suffix != ".part" and _remove_unused(path):
-                total -= size
+
+def make_room(directory: Path, max_bytes: int, keep: Path) -> None:
+    """Remove the longest unused files that nobody holds, until the rest and `keep` take at most `max_bytes`."""
+    files = []
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            files.append((status.st_mtime_ns, status.st_size, path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total > max_bytes and path != keep and path.suffix != ".part" and _remove_unused(path):
+            total -= size
 
 
 def _check(location: str, found: str, expected: str) -> None:

@@ -77,8 +77,8 @@ class TileDone:
     """The last thing said of a tile: the worker is free. Jobs that have no result yet are uploading; their results
     come with the next tile.
 
-    `seconds` of wall time, `busy_s` of it computing; hits and misses by cache (lora, calibration), since the last tile;
-    `held`: sha256 of the LoRAs in memory.
+    `seconds` of wall time, `busy_s` of it computing; hits and misses since the last tile, by cache (lora, calibration,
+    calibration_file); `held`: sha256 of the LoRAs in memory.
     """
 
     held: frozenset[str] = frozenset()

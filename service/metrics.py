@@ -85,7 +85,7 @@ class Metrics:
         )
         self.cache = Counter(
             "ziplora_cache_requests",
-            "Look-ups in the workers' memory, by cache (lora, calibration) and result (hit, miss).",
+            "Look-ups of workers in their caches (lora, calibration, calibration_file), by result (hit, miss).",
             ["cache", "result"],
             registry=registry,
         )

@@ -2,7 +2,7 @@
 control loop. Results: results/simulation.json.
 
     python -m tests.bench.simulation            every case, each in a process of its own (its memory is its own)
-    python -m tests.bench.simulation CASE       one case, its figures as JSON on standard output
+    python -m tests.bench.simulation CASE…      some
 
 What is shown: how busy the workers are, how often LoRAs are loaded against the bound of square tiles and against
 pair-by-pair scheduling, what the coordinator's own code costs, and how that grows with the grid.
@@ -160,13 +160,14 @@ def peak_mb() -> float:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        name = sys.argv[1]
+    if sys.argv[1:2] == ["--here"]:
+        name = sys.argv[2]
         print(json.dumps(simulate(name) if name in CASES else pair_by_pair(name)))
         return
-    results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    for name in (*CASES, *NAIVE):
-        done = subprocess.run([sys.executable, "-m", __spec__.name, name], capture_output=True, text=True, check=True)
+    for name in sys.argv[1:] or (*CASES, *NAIVE):
+        command = [sys.executable, "-m", __spec__.name, "--here", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         results[name] = json.loads(done.stdout)
         print(name, json.dumps(results[name], ensure_ascii=False))
         RESULT.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
