@@ -5,7 +5,7 @@ that was taken back, a neighbour in the same forward pass: these cost time, with
 """
 
 import re
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,27 +78,23 @@ def backoff_s(attempt: int, jitter: float, base_s: float = BACKOFF_S[0], limit_s
 
 
 class Breaker:
-    """Trips when most of the last attempts failed the same way: what is wrong then is not the jobs, and going on would
-    give up one after another for a reason that can be mended once."""
+    """Trips when most of the last attempts failed the same way, on several workers: what is wrong then is not the jobs,
+    and going on would give up one after another for a reason that can be mended once."""
 
-    def __init__(self, window: int = 40, least: int = 20, share: float = 0.75) -> None:
+    def __init__(self, window: int = 40, least: int = 15, share: float = 0.75) -> None:
         self.least, self.share = least, share
-        self._last: deque[str | None] = deque(maxlen=window)
-        self._counts: Counter[str] = Counter()
+        self._last: deque[tuple[str, str] | None] = deque(maxlen=window)  # (how, on which worker)
 
-    def note(self, kind: str | None, reason: str = "") -> str | None:
-        """An attempt that ended, with None if well. What most failed with, if it is time to stop."""
-        signature = None if kind is None else f"{kind}: {_gist(reason)}"
-        if len(self._last) == self._last.maxlen and (oldest := self._last[0]) is not None:
-            self._counts[oldest] -= 1
-        self._last.append(signature)
-        if signature is None:
+    def note(self, kind: str | None, reason: str = "", worker: str = "", workers: int = 1) -> str | None:
+        """An attempt that ended, with None if well, on one of so many workers. What most failed with, if it is time to
+        stop."""
+        self._last.append(None if kind is None else (f"{kind}: {_gist(reason)}", worker))
+        if kind is None or len(self._last) < self.least:
             return None
-        self._counts[signature] += 1
-        same = self._counts[signature]
-        if same < self.least or same < self.share * len(self._last):
+        same = [where for how, where in filter(None, self._last) if how == f"{kind}: {_gist(reason)}"]
+        if len(same) < max(self.least, self.share * len(self._last)) or len(set(same)) < min(2, workers):
             return None
-        return f"{same} of the last {len(self._last)} attempts failed the same way ({kind}: {reason})"
+        return f"{len(same)} of the last {len(self._last)} attempts failed the same way ({kind}: {reason})"
 
 
 def _gist(reason: str) -> str:

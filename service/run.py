@@ -1,8 +1,6 @@
 """The control loop: tiles out to workers, results in, until each job is committed or given up. Everything else is
 policy (tiles.py, faults.py, pace.py) or a pool."""
 
-import heapq
-import itertools
 import random
 import time
 from collections import Counter
@@ -13,16 +11,19 @@ from service import events
 from service.catalog import Catalog
 from service.errors import NotFound, RunStopped, ServiceError, StorageError, WorkerLost
 from service.events import Event, Observer
-from service.faults import ELSEWHERE_S, Breaker, Fault, History, Limits, after_failure
+from service.faults import Breaker, Fault, Limits, backoff_s
 from service.jobs import Job
 from service.messages import Began, JobResult, Stalled, Tile, TileDone
 from service.pace import Pace
 from service.pool import Leaving, Lost, Pool, Ready, Report, Said
 from service.records import FailureRecords
+from service.retries import Retries
 from service.tiles import Board, cut, tile_size
 
 POLL_S = 0.5
 OUTLOOK_S = 5.0  # between two estimates of the end
+SICK_AFTER = 5  # jobs that fail one after another on a worker, before it rests
+SICK_S = (30.0, 600.0)  # for how long, at first and at most
 
 
 @dataclass(slots=True)
@@ -47,18 +48,7 @@ class Hand:
     held: frozenset[str] = frozenset()
     side_by_side: int = 1
     leaving: bool = False
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Retry:
-    """Jobs that failed on `worker`, to be a tile of their own from `due` on; until `elsewhere_until` only on
-    another worker."""
-
-    due: float
-    number: int
-    jobs: tuple[Job, ...] = field(compare=False)
-    worker: str = field(compare=False)
-    elsewhere_until: float = field(compare=False)
+    failures: int = 0  # of jobs, one after another
 
 
 def run(
@@ -119,13 +109,11 @@ class _Loop:
         self.hands: dict[str, Hand] = {}  # of workers that are ready
         self.free: dict[str, None] = {}  # to be fed
         self.resting: dict[str, None] = {}  # free, and there was nothing for them
-        self.waiting: list[Retry] = []  # a heap
-        self.history: dict[str, History] = {}  # of jobs that failed
-        self.store_away: dict[str, float] = {}  # job → since when the store fails it
-        self.broken: dict[str, str] = {}  # LoRA → why
+        self.retries = Retries(limits)
+        self.sick: dict[str, float] = {}  # worker → until when it rests
+        self.broken: set[str] = set()  # LoRAs that no partner can use
         self.breaker = Breaker()
         self.random = random.Random(0)  # jitter only
-        self.numbers = itertools.count()
         self.last_loss: ServiceError | None = None
         self.next_look = self.next_outlook = 0.0
 
@@ -150,7 +138,7 @@ class _Loop:
     def _wake(self) -> None:
         """Workers that had nothing to do look again, now and then, for jobs whose time has come."""
         now = self.clock()
-        if self.resting and self.waiting and now >= self.next_look:
+        if self.resting and (self.retries or self.sick) and now >= self.next_look:
             self.next_look = now + POLL_S
             self.free |= self.resting
             self.resting.clear()
@@ -186,28 +174,16 @@ class _Loop:
         )
 
     def _next(self, worker: str, hand: Hand) -> Tile | None:
-        retry = self._due(worker)
-        if retry is not None:
-            return Tile(retry.jobs)
+        now = self.clock()
+        if self.sick.get(worker, 0.0) > now:
+            return None
+        jobs = self.retries.take(worker, now, only_worker=self.pool.size == 1)
+        if jobs:
+            return Tile(jobs)
         method = None if len(self.left) > 1 else next(iter(self.left))
         job_s = self.pace.job_s(method, worker)
         n = tile_size(job_s, self.progress.left, len(self.hands), hand.side_by_side)
         return self.board.take(worker, n, hand.held)
-
-    def _due(self, worker: str) -> Retry | None:
-        """A retry whose time has come, and that need not wait for another worker than this."""
-        now = self.clock()
-        passed: list[Retry] = []
-        found: Retry | None = None
-        while self.waiting and self.waiting[0].due <= now and found is None and len(passed) < 8:
-            retry = heapq.heappop(self.waiting)
-            if retry.worker == worker and now < retry.elsewhere_until and self.pool.size > 1:
-                passed.append(retry)
-            else:
-                found = retry
-        for retry in passed:
-            heapq.heappush(self.waiting, retry)
-        return found
 
     def _shrink(self) -> None:
         spare = [worker for worker in (*self.resting, *self.free) if not self.hands[worker].given]
@@ -247,7 +223,7 @@ class _Loop:
         hand.now = job_ids
         hand.begun.update(job_ids)
         for job_id in job_ids:
-            attempt = self.history.get(job_id, History()).attempts + 1
+            attempt = self.retries.attempts(job_id) + 1
             self.progress.attempts[job_id] = attempt
             self.tell(events.JobStarted(hand.given[job_id], worker, attempt))
 
@@ -311,6 +287,9 @@ class _Loop:
         self.progress.committed.append(job)
         self._end(job)
         self.breaker.note(None)
+        if (hand := self.hands.get(worker)) is not None and hand.failures:
+            hand.failures = 0
+            self.sick.pop(worker, None)
         already = result.status == "already"
         if not already:
             self.pace.learn(job.method, worker, result.stages)
@@ -325,59 +304,50 @@ class _Loop:
     def _failed(self, jobs: list[Job], worker: str, fault: Fault, result: JobResult) -> None:
         """`jobs` ended together; those that are tried again stay together unless the verdict says otherwise."""
         kind, reason, now = result.kind or "Defect", result.reason or "", self.clock()
-        verdict = None
         again: list[Job] = []
         for job in jobs:
-            history = self._history(job, kind, now)
-            verdict = after_failure(kind, fault, history, self.limits, self.random.random())
-            attempts = history.attempts + verdict.counts
-            returns = history.returns + (not verdict.counts)
-            self.history[job.job_id] = History(attempts, returns, history.store_away_s)
+            verdict = self.retries.judge(job, kind, fault, now, self.random.random())
             attempt = self.progress.attempts[job.job_id]
             self.tell(events.JobFailed(job, worker, attempt, kind, reason, verdict.retry, verdict.counts))
             if verdict.retry:
                 again.append(job)
             else:
-                self._give_up(job, kind, reason, attempts, result.traceback or "")
-        if again and verdict is not None:
-            due = now + verdict.wait_s
-            until = due + ELSEWHERE_S if verdict.elsewhere else 0.0
-            heapq.heappush(self.waiting, Retry(due, next(self.numbers), tuple(again), worker, until))
+                self._give_up(job, kind, reason, result.traceback or "")
+        if again:
+            self.retries.add(again, worker, verdict, now)
         if result.broken_lora is not None and result.broken_lora not in self.broken:
             self._break(result.broken_lora, kind, reason)
+        self._suspect(worker, kind, now)
         # lost workers and a store that is away are nobody's pattern until jobs are given up for it
-        if verdict is not None and (kind not in ("WorkerLost", "Unavailable") or not verdict.retry):
-            tripped = self.breaker.note(kind, reason)
+        if kind not in ("WorkerLost", "Unavailable") or not again:
+            tripped = self.breaker.note(kind, reason, worker, self.pool.size)
             if tripped:
                 raise RunStopped(
                     f"{tripped}: stopped early, {self.progress.left} jobs are left as they were."
                     " Mend what it names and run the same command again"
                 )
 
-    def _history(self, job: Job, kind: str, now: float) -> History:
-        history = self.history.get(job.job_id, History())
-        if kind != "Unavailable":
-            self.store_away.pop(job.job_id, None)
-            return History(history.attempts, history.returns)
-        since = self.store_away.setdefault(job.job_id, now)
-        return History(history.attempts, history.returns, now - since)
+    def _suspect(self, worker: str, kind: str, now: float) -> None:
+        """A worker on which one job after another fails rests for a while, longer each time: it fails faster than others
+        work, and would use up an attempt of every job there is."""
+        hand = self.hands.get(worker)
+        if hand is not None and kind not in self.limits.no_retry and kind != "Unavailable":
+            hand.failures += 1
+            if hand.failures >= SICK_AFTER and self.pool.size > 1:
+                self.sick[worker] = now + backoff_s(hand.failures - SICK_AFTER + 1, 1.0, *SICK_S)
+                self.board.release(worker)
 
     def _break(self, lora: str, kind: str, reason: str) -> None:
         """A LoRA that no partner can use: all that need it are given up with the one reason."""
-        self.broken[lora] = reason
-        jobs = self.board.remove(lora)
-        for retry in list(self.waiting):
-            if any(lora in (job.subject.lora_sha256, job.style.lora_sha256) for job in retry.jobs):
-                self.waiting.remove(retry)
-                jobs += retry.jobs
-        heapq.heapify(self.waiting)
-        for job in jobs:
+        self.broken.add(lora)
+        for job in [*self.board.remove(lora), *self.retries.remove(lora)]:
             if lora in (job.subject.lora_sha256, job.style.lora_sha256):
-                self._give_up(job, kind, reason, self.history.get(job.job_id, History()).attempts, "")
-            else:
+                self._give_up(job, kind, reason, "")
+            else:  # it waited together with one of those
                 self.board.add([job])
 
-    def _give_up(self, job: Job, kind: str, reason: str, attempts: int, traceback: str) -> None:
+    def _give_up(self, job: Job, kind: str, reason: str, traceback: str) -> None:
+        attempts = self.retries.attempts(job.job_id)
         self.progress.given_up.append((job, reason))
         self._end(job)
         self.records.write(job, reason, kind, traceback, attempts)
@@ -388,5 +358,4 @@ class _Loop:
         self.left[job.method] -= 1
         if not self.left[job.method]:
             del self.left[job.method]
-        self.history.pop(job.job_id, None)
-        self.store_away.pop(job.job_id, None)
+        self.retries.forget(job.job_id)

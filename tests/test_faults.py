@@ -41,9 +41,9 @@ def test_backoff_grows_and_is_bounded() -> None:
 class TestBreaker:
     def test_it_trips_when_most_fail_the_same_way(self) -> None:
         breaker = Breaker()
-        notes = [breaker.note("StoreFull", f"s3://b/pairs/{i}/x answered 507 on writing") for i in range(20)]
-        assert notes[:19] == [None] * 19
-        assert str(notes[19]).startswith("20 of the last 20 attempts failed the same way (StoreFull: s3://b/pairs/19/x")
+        notes = [breaker.note("StoreFull", f"s3://b/pairs/{i}/x answered 507 on writing") for i in range(15)]
+        assert notes[:14] == [None] * 14
+        assert str(notes[14]).startswith("15 of the last 15 attempts failed the same way (StoreFull: s3://b/pairs/14/x")
 
     def test_different_reasons_or_some_successes_do_not_trip_it(self) -> None:
         breaker = Breaker()
@@ -53,13 +53,19 @@ class TestBreaker:
         for i in range(200):
             assert breaker.note(*(("Defect", "it broke") if i % 3 else (None,))) is None  # type: ignore[arg-type]
 
+    def test_one_worker_among_several_does_not_trip_it(self) -> None:
+        breaker = Breaker()
+        for i in range(100):
+            assert breaker.note("AccessDenied", "clocks differ", "worker-3", workers=4) is None
+        assert breaker.note("AccessDenied", "clocks differ", "worker-2", workers=4)
+
     def test_what_is_long_past_does_not_count(self) -> None:
         breaker = Breaker()
-        for _ in range(19):
+        for _ in range(14):
             breaker.note("Defect", "it broke")
         for _ in range(40):
             breaker.note(None)
-        assert [breaker.note("Defect", "it broke") for _ in range(19)] == [None] * 19
+        assert [breaker.note("Defect", "it broke") for _ in range(14)] == [None] * 14
 
 
 @pytest.mark.parametrize("kind", ["WorkerLost", "DeadlineExceeded"])

@@ -48,6 +48,7 @@ class World:
     patience_s: float = 600.0  # a worker's with a store that is away
     fails: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # pair, or "*", → kind and reason
     broken: frozenset[str] = frozenset()  # LoRAs
+    sick: frozenset[str] = frozenset()  # workers on which every job fails at once
 
 
 @dataclass(slots=True)
@@ -96,7 +97,7 @@ class SimulatedPool:
 
     def start(self, worker: str, tile: Tile, deadline_s: float) -> None:
         one = self.workers[worker]
-        one.script, one.heard, one.deadline_s = self._work(one, tile), self.now, deadline_s
+        one.script, one.heard, one.deadline_s = self._work(worker, one, tile), self.now, deadline_s
         self._at(self.now, worker, "speaks")
 
     def wait(self, timeout_s: float) -> Sequence[Report]:
@@ -197,7 +198,7 @@ class SimulatedPool:
         for message in messages:
             yield Said(worker, message)
 
-    def _work(self, one: _Simulated, tile: Tile) -> Iterator[tuple[float, list[Message]]]:
+    def _work(self, worker: str, one: _Simulated, tile: Tile) -> Iterator[tuple[float, list[Message]]]:
         """(seconds until the next words, words): as service/worker.py does it."""
         started, busy_s = self.now, 0.0
         loads_before, k = self.loads, self.world.side_by_side
@@ -211,7 +212,7 @@ class SimulatedPool:
             if hanging := pairs & self.world.hangs - self.hung:
                 self.hung |= hanging
                 yield HANG, began
-            ended = {job.job_id: result for job in jobs if (result := self._ends_at_once(job))}
+            ended = {job.job_id: result for job in jobs if (result := self._ends_at_once(worker, job))}
             new = [job for job in jobs if job.job_id not in ended]
             began += ended.values()
             stages = {job.job_id: self._stages(one, job, first=job is tile.jobs[0]) for job in new}
@@ -235,13 +236,15 @@ class SimulatedPool:
         done = TileDone(frozenset(one.cache), self.now - started, busy_s, {}, misses, side_by_side=k)
         yield 0.0, [*self._uploaded(one, self.now), done]
 
-    def _ends_at_once(self, job: Job) -> JobResult | None:
+    def _ends_at_once(self, worker: str, job: Job) -> JobResult | None:
         if job.job_id in self.done:
             return JobResult(job.job_id, "already")
         for lora in (job.subject.lora_sha256, job.style.lora_sha256):
             if lora in self.world.broken:
                 return JobResult(job.job_id, "failed", "BadInput", f"{lora} is no LoRA", broken_lora=lora)
         fails = self.world.fails.get(job.pair) or self.world.fails.get("*")
+        if worker in self.world.sick:
+            fails = "AccessDenied", "the clocks of this machine and the server differ"
         return JobResult(job.job_id, "failed", *fails) if fails else None
 
     def _uploaded(self, one: _Simulated, now: float) -> list[Message]:

@@ -26,7 +26,7 @@ from service.messages import Tile, TileDone
 from service.metrics import Metrics
 from service.pool import Ready, Report, Said
 from service.run import run
-from service.tiles import TILE_SIDE
+from service.tiles import TILE_SIDE, Board, cut, loras
 from tests.bench.simulated import SimulatedPool, World, grid
 
 RESULT = Path(__file__).parent / "results" / "simulation.json"
@@ -45,6 +45,8 @@ NAIVE: dict[str, tuple[int, int, int, World]] = {
     "10^6, pair by pair": (1000, 1000, 1000, World()),
     "10^6, rough, pair by pair": (1000, 1000, 1000, ROUGH),
 }
+
+DECISIONS = {"10^3, decisions": (25, 40, 1), "10^6, decisions": (1000, 1000, 1000)}
 
 
 class TimedPool(SimulatedPool):
@@ -111,10 +113,35 @@ def simulate(name: str) -> dict[str, object]:
         "jobs that came back through no fault of theirs": watch.returned,
         "ETA at half time, of the true rest": round(thought / (pool.now - at), 3) if at else None,
         "coordinator seconds": round(coordinator_s, 2),
-        "tile decisions per second": round(watch.tiles / coordinator_s),
+        "tiles per second of coordinator, with all that came of them": round(watch.tiles / coordinator_s),
         "jobs per second of coordinator": round(len(jobs) / coordinator_s),
         "coordinator memory MB, jobs included": round(peak_mb()),
         "of it before the run": round(before_mb),
+    }
+
+
+def decisions(name: str) -> dict[str, object]:
+    """Who gets what, alone: tiles of ten pairs, each to the worker that has waited longest, until none is left."""
+    subjects, styles, workers = DECISIONS[name]
+    jobs = grid(subjects, styles)
+    board = Board(cut(jobs, workers))
+    held: dict[str, set[str]] = {f"worker-{i}": set() for i in range(workers)}
+    n, longest_s, began = 0, 0.0, time.perf_counter()
+    while board.left:
+        for worker, loras_held in held.items():
+            asked = time.perf_counter()
+            tile = board.take(worker, 10, loras_held)
+            longest_s = max(longest_s, time.perf_counter() - asked)
+            if tile is not None:
+                n += 1
+                held[worker] = loras(tile.jobs) | set(list(loras_held)[-50:])
+    seconds = time.perf_counter() - began
+    return {
+        "pairs": len(jobs),
+        "workers": workers,
+        "tiles": n,
+        "tile decisions per second": round(n / seconds),
+        "longest decision ms": round(1000 * longest_s, 2),
     }
 
 
@@ -162,9 +189,9 @@ def peak_mb() -> float:
 def main() -> None:
     if sys.argv[1:2] == ["--here"]:
         name = sys.argv[2]
-        print(json.dumps(simulate(name) if name in CASES else pair_by_pair(name)))
+        print(json.dumps((simulate if name in CASES else pair_by_pair if name in NAIVE else decisions)(name)))
         return
-    for name in sys.argv[1:] or (*CASES, *NAIVE):
+    for name in sys.argv[1:] or (*CASES, *NAIVE, *DECISIONS):
         command = [sys.executable, "-m", __spec__.name, "--here", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
