@@ -4,7 +4,6 @@ Options and what is printed."""
 import json
 import time
 from collections.abc import Iterable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,7 +253,7 @@ def gc(catalog: str, delete: bool, hours: float) -> int:
             OUT.print(
                 f"{item.name}: {item.reason} ({len(item.objects)} objects, {size_text(item.size)})", soft_wrap=True
             )
-        OUT.print(f"{len(garbage)} to remove ({size}), older than {timedelta(hours=hours)}; --delete does it")
+        OUT.print(f"{len(garbage)} to remove ({size}), older than {hours:g} h; --delete does it")
         return 0
     spared = sum(not gone for _, gone in tracked(opened.collect(garbage), "removing"))
     OUT.print(f"{len(garbage) - spared} removed ({size}){f', {spared} turned out to be in use' if spared else ''}")

@@ -166,7 +166,7 @@ class TestGarbage:
         assert keys(local) == set()
 
     def test_under_a_batch_nothing_is_lost(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Six writers commit twenty jobs, most of them in several attempts at once, through a store that stalls in first
+        """Six writers commit twenty jobs, most in several attempts at once, through a store that stalls in some first
         attempts until they are old enough to be garbage; garbage of the youngest age allowed is collected all along."""
         monkeypatch.setattr("service.catalog.COMMIT_S", 1.5)
         jobs = [identity(f"s{number}") for number in range(20)]
