@@ -7,7 +7,7 @@ DEST ?= demo
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench bench-quality clean
+.PHONY: venv swift test lint demo bench bench-quality bench-care bench-resume clean
 
 venv: $(VENV)/.ready
 
@@ -41,6 +41,10 @@ bench: venv
 # every method over the pocket world's grid; what was measured before is kept in build/quality and not measured again
 bench-quality: venv
 	$(BIN)/python -m tests.bench.quality
+
+# pulls that are killed, garbage collected under a batch, one flipped bit
+bench-care: venv swift
+	$(BIN)/python -m tests.bench.catalog_care
 
 # planning a large manifest, and taking it up again when all of it is committed
 bench-resume: venv swift
