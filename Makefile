@@ -7,7 +7,7 @@ DEST ?= demo
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench bench-quality bench-care bench-resume clean
+.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-care bench-resume check-alerts clean
 
 venv: $(VENV)/.ready
 
@@ -38,6 +38,14 @@ demo: venv
 bench: venv
 	$(BIN)/python -m tests.bench.true_size
 
+# what merges cost, on a random SDXL: of true size on a GPU, scaled down elsewhere; an interrupted bench goes on where it was
+bench-merge: venv
+	$(BIN)/python -m tests.bench.merge
+
+# pictures per second, beside diffusers with peft's adapters
+bench-sample: venv
+	$(BIN)/python -m tests.bench.sample
+
 # every method over the pocket world's grid; what was measured before is kept in build/quality and not measured again
 bench-quality: venv
 	$(BIN)/python -m tests.bench.quality
@@ -49,6 +57,13 @@ bench-care: venv swift
 # planning a large manifest, and taking it up again when all of it is committed
 bench-resume: venv swift
 	$(BIN)/python -m tests.bench.resume
+
+# promtool comes with Prometheus (Debian: apt install prometheus)
+check-alerts: venv
+	mkdir -p build/alerts
+	$(BIN)/ziplora deploy alerts > build/alerts/rules.yml
+	cp deploy/monitoring/alerts_test.yml build/alerts/
+	promtool test rules build/alerts/alerts_test.yml
 
 clean:
 	rm -rf $(VENV) .venv-swift .pytest_cache .mypy_cache .ruff_cache

@@ -22,6 +22,7 @@ from rich.table import Table
 from service import events
 from service.catalog import Catalog
 from service.cli_catalog import COMMANDS as CATALOG_COMMANDS
+from service.cli_deploy import deploy
 from service.cli_jobs import COMMANDS as JOB_COMMANDS
 from service.cli_options import CATALOG_HELP, filtered, open_catalog
 from service.cli_pages import COMMANDS as PAGE_COMMANDS
@@ -189,6 +190,7 @@ def schema() -> None:
 
 
 cli.add_command(train)
+cli.add_command(deploy)
 
 
 # The run
@@ -228,7 +230,12 @@ cli.add_command(train)
     "--deadline", default=3600.0, type=click.FloatRange(min=1), show_default=True, help="Seconds that one job may take."
 )
 @click.option("--download", is_flag=True, help="Fetch a base that is a hub id and not in the local hub cache.")
-def run(manifest: str, output: str | None, download: bool, **options: Any) -> int:
+@click.option(
+    "--given-up-ok",
+    is_flag=True,
+    help="Exit code 0 also when jobs were given up: for schedulers that would start the whole run again.",
+)
+def run(manifest: str, output: str | None, download: bool, given_up_ok: bool, **options: Any) -> int:
     """Merge, sample and publish everything in MANIFEST that the catalog does not hold yet.
 
     Running the same command again goes on where the last run stopped, and takes up again what was given up.
@@ -239,7 +246,8 @@ def run(manifest: str, output: str | None, download: bool, **options: Any) -> in
     if not planned.left:
         OUT.print(f"nothing to do: all {len(planned.jobs)} jobs are committed in {planned.output}", soft_wrap=True)
         return 0
-    return execute(read, planned, **options)
+    code = execute(read, planned, **options)
+    return 0 if code == 1 and given_up_ok else code
 
 
 def execute(

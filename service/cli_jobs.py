@@ -52,7 +52,7 @@ def submit(
     from service.ray_jobs import MAX_PARCEL_BYTES, JobServer
     from service.storage import open_store
 
-    _check_run_options(options)
+    check_run_options(options)
     read = read_manifest(manifest)
     check_output(read, output)
     catalog = open_store(output or read.output).url
@@ -101,7 +101,7 @@ def _command(manifest: str, options: list[str]) -> str:
     return shlex.join(["ziplora", "run", manifest, "--address", "auto", *options])
 
 
-def _check_run_options(options: tuple[str, ...]) -> None:
+def check_run_options(options: tuple[str, ...]) -> None:
     """Here, not in a log on the cluster."""
     from service.cli import run
 
@@ -140,14 +140,15 @@ def status(job: str, address: str, output: str | None) -> int:
 @ADDRESS
 @OUTPUT
 @click.option("--follow", "-f", is_flag=True, help="Go on until it ends.")
-def logs(job: str, address: str, output: str | None, follow: bool) -> None:
-    """What JOB printed."""
+def logs(job: str, address: str, output: str | None, follow: bool) -> int:
+    """What JOB printed. With --follow, exit code 1 if it then failed or was stopped."""
     server, found = _find(job, address, output)
     if not follow:
         click.echo(server.logs(found[-1].id), nl=False)
-        return
+        return 0
     for piece in server.follow(found[-1].id):
         click.echo(piece, nl=False)
+    return 1 if server.submission(found[-1].id).state in ("FAILED", "STOPPED") else 0
 
 
 @click.command(epilog=RUN_HELP)
@@ -191,14 +192,15 @@ COMMANDS = (submit, status, logs, cancel, retry)
 def _find(job: str, address: str, output: str | None) -> tuple[Any, list[Any]]:
     """The job server, and the submissions that `job` (an id, or a manifest) means, the latest last."""
     from service.manifest import read_manifest
-    from service.ray_jobs import ID, JobServer, submission_name
+    from service.parcel import run_name
+    from service.ray_jobs import ID, JobServer
     from service.storage import open_store
 
     server = JobServer(address, token_from(os.environ))
     if ID.fullmatch(job):
         return server, [server.submission(job)]
     read = read_manifest(job)
-    found = server.submissions(submission_name(read.digest, open_store(output or read.output).url))
+    found = server.submissions(run_name(read.digest, open_store(output or read.output).url))
     if not found:
         raise NotFound(f"{job}, as it is now, was not submitted to {address}: `ziplora submit {job}` does it")
     return server, found

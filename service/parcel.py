@@ -59,6 +59,11 @@ def pack(manifest: Manifest) -> Parcel:
     return Parcel(source.relative_to(root).as_posix(), files, tuple(there))
 
 
+def run_name(manifest_digest: str, catalog: str) -> str:
+    """What all attempts at one manifest into one catalog have in common, on Ray and on Kubernetes: 24 characters."""
+    return f"ziplora-{hashlib.sha256(f'{manifest_digest} {catalog}'.encode()).hexdigest()[:16]}"
+
+
 def check_output(manifest: Manifest, output: str | None) -> None:
     """ManifestError unless the catalog lies where a cluster can write it: in object storage, or at an absolute path.
 

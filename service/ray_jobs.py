@@ -6,7 +6,6 @@ again under the next number, and goes on from what is committed; see `submit`.
 """
 
 import asyncio
-import hashlib
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from service.errors import AccessDenied, BadInput, NotFound, ServiceError
+from service.parcel import run_name
 
 MAX_PARCEL_BYTES = 95 * 2**20  # the job server takes 100 MiB in one request
 STOP_WAIT_S = 60  # from SIGTERM to SIGKILL; Ray's own 3 s are too few to end workers and leave a record
@@ -55,11 +55,6 @@ class Submission:
     @property
     def number(self) -> int:
         return int(self.id.rpartition("-")[2])
-
-
-def submission_name(manifest_digest: str, catalog: str) -> str:
-    """What all submissions of one manifest into one catalog have in common."""
-    return f"ziplora-{hashlib.sha256(f'{manifest_digest} {catalog}'.encode()).hexdigest()[:16]}"
 
 
 class JobServer:
@@ -105,7 +100,7 @@ class JobServer:
         stopped is followed by a new one: a run goes on from what is committed. The driver runs on the head and takes
         neither CPU nor GPU of its own; `directory` is sent to all machines and becomes its working directory.
         """
-        name = submission_name(manifest_digest, catalog)
+        name = run_name(manifest_digest, catalog)
         while True:
             earlier = self.submissions(name)
             last = earlier[-1] if earlier else None

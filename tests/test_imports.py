@@ -14,12 +14,13 @@ OWNERS = {
     "botocore": {"service/s3.py"},
     "s3transfer": {"service/s3.py"},
     "prometheus_client": {"service/metrics.py"},
-    "yaml": {"service/yaml_text.py"},
+    "yaml": {"service/kustomize.py", "service/yaml_text.py"},
     "pydantic": {"service/manifest_file.py", "service/worker.py"},  # where knobs enter the manifest, and the worker
     "pyarrow": {"service/index.py", "service/index_rows.py"},
     "click": {
         "service/cli.py",
         "service/cli_catalog.py",
+        "service/cli_deploy.py",
         "service/cli_jobs.py",
         "service/cli_options.py",
         "service/cli_pages.py",

@@ -9,7 +9,8 @@ import pytest
 
 from service.catalog import Catalog
 from service.errors import AccessDenied, BadInput, NotFound
-from service.ray_jobs import JobServer, NoJobServer, submission_name
+from service.parcel import run_name
+from service.ray_jobs import JobServer, NoJobServer
 from tests.commands import wait_until, ziplora
 from tests.conftest import Swift
 from tests.grid import Grid
@@ -46,7 +47,7 @@ def test_what_waits_or_runs_is_not_started_twice_even_by_two_at_once(server: Job
     for thread in threads:
         thread.join()
     submit()
-    name = submission_name("twice", "/shared/catalog")
+    name = run_name("twice", "/shared/catalog")
     assert sorted(is_new for _, is_new in found) == [False, False, True]
     assert {one.id for one, _ in found} == {f"{name}-1"}
     assert len(server.submissions(name)) == 1
@@ -128,6 +129,7 @@ def test_submit_cancel_and_submit_again(
     followed = ziplora("logs", "-f", manifest, *at)
     assert f"submitted {id[:-2]}-2" in second.stdout
     assert "hen.png" in followed.stdout
+    assert followed.returncode == 1
     failed = ziplora("status", manifest, *at)
     assert failed.returncode == 1
     assert f"{id}: stopped" in failed.stdout
