@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tests.bench.measuring import machine
 from tests.bench.quality_measures import TRUTH, Cell, Measured, Settings, Stand, Variant, digest_of, parse_variant
 from tests.bench.quality_report import contact_sheet, first_of, markdown, summary
-from tests.bench.true_size import machine
 from ziplora import pocket
 from ziplora.methods import METHODS
 from ziplora.pocket import world

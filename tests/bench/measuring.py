@@ -1,0 +1,194 @@
+"""What the benches share: clocks, memory, FLOPs, the machine's matmul rate, and results that a later run goes on
+from."""
+
+import gc
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import psutil
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "",
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load_average_at_start": os.getloadavg()[0],
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": gpu,
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+    }
+
+
+class PeakMemory:
+    """Bytes in use over what was in use at the start: allocator peak on a GPU, resident size sampled every 20 ms on
+    a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            give_back()
+            self.start = psutil.Process().memory_info().rss
+            self.done = threading.Event()
+            self.thread = threading.Thread(target=self._sample)
+            self.thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self.done.wait(0.02):
+            self.bytes = max(self.bytes, psutil.Process().memory_info().rss - self.start)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.device == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated() - self.start
+        else:
+            self.done.set()
+            self.thread.join()
+
+
+def give_back() -> None:
+    """Freed memory goes back to the system, so that a later peak is not hidden in it (glibc only)."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """On a GPU wall time with the device drained; on a CPU with one thread the process' own CPU time, which other
+    programs on the machine do not lengthen."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
+    work()
+    return clock() - started
+
+
+def clock_name(device: str) -> str:
+    if device == "cuda":
+        return "wall, device drained"
+    return "CPU time of the process" if torch.get_num_threads() == 1 else "wall"
+
+
+def timed_steps(step: Callable[[int], object], n: int, device: str) -> list[float]:
+    """Seconds of steps 1…n; step 0 warms up."""
+    return [seconds(lambda i=i: step(i), device) for i in range(n + 1)][1:]  # type: ignore[misc]
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of square products, the best of several: what arithmetic alone could reach here."""
+    rates = {}
+    for n in (4096, 8192) if device == "cuda" else (512, 1024, 2048):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        repeats = 20 if device == "cuda" else 3
+        rates[str(n)] = max(
+            2 * n**3 * repeats / seconds(lambda: [torch.mm(a, b, out=out) for _ in range(repeats)], device)  # noqa: B023
+            for _ in range(4)
+        )
+    return {**rates, "best": max(rates.values())}
+
+
+def _attention_forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def _cholesky(matrix: Any, *_: Any, **__: Any) -> int:
+    return math.prod(matrix[:-2]) * matrix[-1] ** 3 // 3
+
+
+def _cholesky_solve(right: Any, *_: Any, **__: Any) -> int:
+    return math.prod(right[:-2]) * 2 * right[-2] ** 2 * right[-1]
+
+
+def _triangular_solve(matrix: Any, right: Any, *_: Any, **__: Any) -> int:
+    return math.prod(right[:-2]) * matrix[-1] ** 2 * math.prod(right[-2:]) // matrix[-1]
+
+
+NOT_COUNTED_BY_TORCH = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten.linalg_cholesky_ex: _cholesky,
+    torch.ops.aten.cholesky_solve: _cholesky_solve,
+    torch.ops.aten.linalg_solve_triangular: _triangular_solve,
+}
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Multiplications and additions of matrix products, convolutions, attention and Cholesky solves
+    (torch.utils.flop_counter and the formulas above)."""
+    with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED_BY_TORCH) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+class Results:
+    """A JSON file of stages. Stages of an earlier run with the same settings are kept and not run again."""
+
+    def __init__(self, path: Path, module: str, settings: dict[str, Any], again: bool = False) -> None:
+        self.path = path
+        known = json.loads(path.read_text()) if path.exists() else {}
+        same = known.get("settings") == settings and not again
+        self.content: dict[str, Any] = {
+            "command": " ".join(["python -m", module, *sys.argv[1:]]),
+            "settings": settings,
+            "stages": known["stages"] if same else {},
+        }
+
+    def stage(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        stages = self.content["stages"]
+        if name not in stages:
+            started = time.perf_counter()
+            at = machine()
+            found = measure()
+            stages[name] = {**found, "machine": at, "took_s": round(time.perf_counter() - started, 1)}
+            self.write()
+        shown = {key: value for key, value in stages[name].items() if key != "machine"}
+        print(name, json.dumps(shown, default=str), flush=True)
+        result: dict[str, Any] = stages[name]
+        return result
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.content, indent=2) + "\n")
