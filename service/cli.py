@@ -40,6 +40,7 @@ from service.console import (
 )
 from service.entry import alignments
 from service.errors import NotFound, ServiceError, StorageError
+from service.plan_text import time_text
 from service.ray_token import join_with_token, start_with_token
 from ziplora.errors import LoRAError
 
@@ -421,6 +422,8 @@ class RunProgress:
         self.bar = progress_bar()
         self.task = self.bar.add_task("starting workers", total=jobs, completed=committed)
         self.running: dict[str, str] = {}
+        self.eta = ""
+        self.trouble: str | None = None
 
     def __enter__(self) -> "RunProgress":
         if OUT.is_terminal:
@@ -437,10 +440,16 @@ class RunProgress:
             case events.WorkerGone():
                 self.running.pop(event.worker, None)
                 self.say(f"{event.reason}{'' if event.returns else '; it does not come back'}")
+            case events.WorkerStalled() if event.reason != self.trouble:
+                self.trouble = event.reason
+                self.say(f"{event.worker} waits: {event.reason}")
+            case events.Outlook():
+                self.eta = "" if event.seconds is None else f", about {time_text(event.seconds)} left"
             case events.JobStarted():
                 self.running[event.worker] = event.job.pair
             case events.JobCommitted():
                 self.running.pop(event.worker, None)
+                self.trouble = None
                 self.bar.advance(self.task)
                 how = "was committed already" if event.already else f"{sum(event.stages.values()):.1f} s"
                 if not OUT.is_terminal:
@@ -448,13 +457,15 @@ class RunProgress:
             case events.JobFailed():
                 self.running.pop(event.worker, None)
                 if event.retry:
-                    self.say(f"{event.job.pair}: attempt {event.attempt} failed, will be tried again: {event.reason}")
+                    how = "failed" if event.counts else "does not count"
+                    self.say(f"{event.job.pair}: attempt {event.attempt} {how}, will be tried again: {event.reason}")
             case events.JobGivenUp():
                 self.bar.advance(self.task)
                 self.say(f"{event.job.pair}: given up after {event.attempts} attempts: {event.reason}")
             case _:
                 pass
-        self.bar.update(self.task, description=", ".join(sorted(self.running.values())[:4]) or "waiting")
+        doing = ", ".join(sorted(self.running.values())[:4]) or "waiting"
+        self.bar.update(self.task, description=doing + self.eta)
 
     def say(self, line: str) -> None:
         console = self.bar.console if OUT.is_terminal else OUT

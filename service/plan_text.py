@@ -36,8 +36,8 @@ def summary_lines(plan: Plan) -> Iterator[str]:
             + (f", {n_left * images} images about {_size(plan.n_bytes.samples)}" if images else ", no images")
         )
         yield (
-            f"takes     {_time(plan.duration.total_s)}: calibration {_time(plan.duration.calibrate_s)}, "
-            f"merging {_time(plan.duration.merge_s)}, sampling {_time(plan.duration.sample_s)}"
+            f"takes     {time_text(plan.duration.total_s)}: calibration {time_text(plan.duration.calibrate_s)}, "
+            f"merging {time_text(plan.duration.merge_s)}, sampling {time_text(plan.duration.sample_s)}"
         )
         yield f"          {plan.duration.basis}"
     elif plan.jobs and not plan.problems:
@@ -74,7 +74,7 @@ def _size(n_bytes: float) -> str:
     return f"{n_bytes:,.3g} TB" if n_bytes < 1000 else f"{n_bytes:,.0f} TB"
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     if seconds < 90:
         return "0 s" if seconds == 0 else "under 1 s" if seconds < 1 else f"{seconds:.0f} s"
     if seconds < 5400:
