@@ -7,7 +7,7 @@ DEST ?= demo
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-care bench-resume check-alerts clean
+.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-care bench-resume bench-simulation bench-chaos bench-faults bench-cut-off bench-no-op bench-overlap bench-scrape check-alerts clean
 
 venv: $(VENV)/.ready
 
@@ -57,6 +57,34 @@ bench-care: venv swift
 # planning a large manifest, and taking it up again when all of it is committed
 bench-resume: venv swift
 	$(BIN)/python -m tests.bench.resume
+
+# a million pairs on a thousand workers in virtual time, by the real control loop
+bench-simulation: venv
+	$(BIN)/python -m tests.bench.simulation
+
+# a hundred runs with random faults
+bench-chaos: venv
+	$(BIN)/python -m tests.bench.chaos
+
+# a real Ray of several nodes while things go wrong on cue
+bench-faults: venv swift
+	$(BIN)/python -m tests.bench.faults
+
+# one machine of several is cut off from the network; needs root, for network namespaces
+bench-cut-off: venv
+	$(BIN)/python -m tests.bench.cut_off
+
+# what a job costs where there is no work
+bench-no-op: venv
+	$(BIN)/python -m tests.bench.no_op
+
+# fetching ahead and uploading behind, at 50 ms to the store
+bench-overlap: venv swift
+	$(BIN)/python -m tests.bench.overlap
+
+# a real Prometheus scrapes a run (Debian: apt install prometheus)
+bench-scrape: venv
+	$(BIN)/python -m tests.bench.scrape $$(which prometheus) $$(which promtool)
 
 # promtool comes with Prometheus (Debian: apt install prometheus)
 check-alerts: venv
