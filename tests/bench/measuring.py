@@ -170,11 +170,8 @@ class Results:
         self.path = path
         known = json.loads(path.read_text()) if path.exists() else {}
         same = known.get("settings") == settings and not again
-        self.content: dict[str, Any] = {
-            "command": " ".join(["python -m", module, *sys.argv[1:]]),
-            "settings": settings,
-            "stages": known["stages"] if same else {},
-        }
+        self.command = " ".join(["python -m", module, *sys.argv[1:]])
+        self.content: dict[str, Any] = {"settings": settings, "stages": known["stages"] if same else {}}
 
     def stage(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         stages = self.content["stages"]
@@ -182,9 +179,10 @@ class Results:
             started = time.perf_counter()
             at = machine()
             found = measure()
-            stages[name] = {**found, "machine": at, "took_s": round(time.perf_counter() - started, 1)}
+            took_s = round(time.perf_counter() - started, 1)
+            stages[name] = {**found, "took_s": took_s, "command": self.command, "machine": at}
             self.write()
-        shown = {key: value for key, value in stages[name].items() if key != "machine"}
+        shown = {key: value for key, value in stages[name].items() if key not in ("machine", "command")}
         print(name, json.dumps(shown, default=str), flush=True)
         result: dict[str, Any] = stages[name]
         return result

@@ -1,6 +1,6 @@
 """What a merge costs on a random SDXL: every method of METHODS, beside the dense form of public code, in one run.
 
-    python -m tests.bench.merge [--size true|scaled] [--stages rates,steps,k,memory,methods,grid,endurance] [--again]
+    python -m tests.bench.merge [--size true|scaled] [--stages rates,steps,…] [--methods direct,…] [--full] [--again]
 
 Of true size on a GPU (24 GB or more), scaled down elsewhere: a fifth of every width, all 560 layers. Results are
 written after every stage to `--out`; a later run with the same settings goes on from there, so a bench may be run in
@@ -28,32 +28,30 @@ import torch
 from PIL import Image
 
 from tests.bench.dense import dense_layers, dense_step, installed
+from tests.bench.endurance import measure_endurance
 from tests.bench.measuring import (
     RESULTS,
     PeakMemory,
     Results,
     clock_name,
     flops,
-    give_back,
     machine,
     matmul_rate,
     seconds,
 )
 from tests.bench.models import random_lora, random_pipeline
-from tests.random_loras import random_lora as tiny_lora
-from tests.tiny import tiny_sdxl
+from tests.bench.true_flops import true_size_flops
 from ziplora.base import resident
 from ziplora.calibrate import Calibration, calibrate
-from ziplora.lora import LoRA
 from ziplora.merged import Pair
 from ziplora.methods import METHODS, CalibrationSettings, Method, ZipLoRAKnobs
 from ziplora.optimize import Optimization
-from ziplora.sample import Request, sample_requests
 
-STAGES = ("rates", "steps", "k", "memory", "methods", "grid", "endurance")
+STAGES = ("rates", "flops", "steps", "k", "memory", "methods", "grid", "endurance")
 PROMPTS = ("a photo of sks dog", "a house in szn style")
 GRIDS = (1, 2, 4, 8, 16)
 FEW_DRAWS = 8  # what calibrations are measured with; their cost is linear in draws
+GRADIENT_DRAWS = 2  # that timed steps go round in
 
 
 class Bench:
@@ -79,7 +77,7 @@ class Bench:
 
     def calibrations(self, moments: str = "none") -> list[Calibration]:
         if moments not in self.known:
-            draws = FEW_DRAWS if moments != "none" else max(FEW_DRAWS, self.options.steps + 2)
+            draws = FEW_DRAWS if moments != "none" else GRADIENT_DRAWS
             self.known[moments] = [self.calibration(which, self.settings(draws, moments)) for which in (0, 1)]
         return self.known[moments]
 
@@ -124,7 +122,7 @@ def measure_rates(bench: Bench) -> dict[str, Any]:
 @contextmanager
 def optimizing(bench: Bench, n_pairs: int) -> Iterator[Callable[[int], Any]]:
     """One step of ZipLoRA per call, `n_pairs` pairs side by side; all settings as published but the number of steps."""
-    steps = iter(Optimization(bench.base, [bench.pair()] * n_pairs, ZipLoRAKnobs(steps=10**6, draws=FEW_DRAWS)))
+    steps = iter(Optimization(bench.base, [bench.pair()] * n_pairs, ZipLoRAKnobs(steps=10**6, draws=GRADIENT_DRAWS)))
     try:
         yield lambda _: next(steps)
     finally:
@@ -152,7 +150,7 @@ def measure_steps(bench: Bench) -> dict[str, Any]:
     dense_once = dense_step(base, layers, *draws)
 
     def teacher(i: int) -> None:
-        i %= FEW_DRAWS
+        i %= GRADIENT_DRAWS
         base.predict_noise(subject.noisy[i : i + 1], subject.timesteps[i : i + 1], subject.conditioning)
 
     def encode() -> None:
@@ -193,21 +191,18 @@ def measure_steps(bench: Bench) -> dict[str, Any]:
     }
 
 
-def measure_k(bench: Bench) -> dict[str, Any]:
-    """Pairs side by side in one forward pass. Seconds are per step and pair."""
-    rate, by_k = bench.rate(), {}
-    for k in bench.options.pairs:
-        try:
-            with PeakMemory(bench.device) as memory, optimizing(bench, k) as once:
-                counted = flops(lambda once=once: once(0))
-                found = [bench.seconds(lambda once=once: once(1)) / k for _ in range(max(2, bench.options.steps - 1))]
-        except torch.OutOfMemoryError:
-            by_k[str(k)] = {"out_of_memory": True}
-            break
-        finally:
-            bench.base.slots.unload()
-        by_k[str(k)] = {**against_floor(found, counted // k, rate), "peak_bytes_over_base": memory.bytes}
-    return {"flop_per_s": rate, "by_k": by_k}
+def measure_k(bench: Bench, k: int) -> dict[str, Any]:
+    """`k` pairs side by side in one forward pass. Seconds are per step and pair."""
+    try:
+        with PeakMemory(bench.device) as memory, optimizing(bench, k) as once:
+            counted = flops(lambda: once(0))
+            found = [bench.seconds(lambda: once(1)) / k for _ in range(max(1, bench.options.steps - 1))]
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True}
+    finally:
+        bench.base.slots.unload()
+    rate = bench.rate()
+    return {"flop_per_s": rate, **against_floor(found, counted // k, rate), "peak_bytes_over_base": memory.bytes}
 
 
 def measure_memory(bench: Bench) -> dict[str, Any]:
@@ -386,60 +381,16 @@ def grid_side(bench: Bench) -> int:
     return min(fitting[-1] if fitting else 1, bench.options.grid)
 
 
-def measure_endurance(n_pairs: int, device: str) -> dict[str, Any]:
-    """Pair after pair on one tiny base, merged by gradient and in closed form and sampled through a compiled UNet:
-    whether the base keeps its bits, memory stays flat and nothing is compiled again."""
-    base = resident(tiny_sdxl().to(device))
-    loras = [tiny_lora(base.slots, rank=2 + i % 3, seed=i, dtype=torch.float32, drop=i % 4) for i in range(30)]
-    observe = CalibrationSettings(4, 0, "separate", 32, "inputs")
-    image = [Image.linear_gradient("L")]
-    known = [calibrate(base, lora, f"picture {i}", image, observe) for i, lora in enumerate(loras)]
-    weights = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in base.unet.state_dict().items()}
-    backend = "inductor" if device == "cuda" else "eager"
-    methods = [(METHODS["ziplora"].load(), ZipLoRAKnobs(steps=2, draws=4))]
-    methods += [(METHODS[name].load(), METHODS[name].knobs()) for name in ("ziplora-closed",) if name in METHODS]
-    memory, compiled, failures = [], [], 0
-    torch.compiler.reset()
-    try:
-        for number in range(n_pairs):
-            i, j = number % 10, 10 + number // 10 % 20
-            pair = Pair(loras[i], loras[j], known[i], known[j])
-            merge, knobs = methods[number % len(methods)]
-            lora: LoRA = merge(base, [pair], knobs)[0].lora()
-            pictures = sample_requests(
-                base, [Request(lora, f"{number % 7}", number)], steps=2, width=32, height=32, backend=backend
-            )
-            failures += sum(picture.size != (32, 32) for picture in pictures)
-            if number == 0:
-                torch.compiler.set_stance("fail_on_recompile")  # from here on a second compilation is an error
-            gc.collect()
-            give_back()
-            memory.append(psutil.Process().memory_info().rss)
-            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    finally:
-        torch.compiler.set_stance("default")
-    after = base.unet.state_dict()
-    return {
-        "pairs": n_pairs,
-        "base_bit_identical": all(torch.equal(copy, after[name]) for name, (_, copy) in weights.items()),
-        "base_at_the_same_addresses": all(pointer == after[name].data_ptr() for name, (pointer, _) in weights.items()),
-        "bytes_after_pair": {str(n): memory[n - 1] for n in (1, n_pairs // 4, n_pairs // 2, n_pairs)},
-        "growth_from_a_quarter_to_the_end": memory[-1] / memory[n_pairs // 4 - 1] - 1,
-        "compiled_graphs_after_pair": {str(n): compiled[n - 1] for n in (1, n_pairs)},
-        "wrong_pictures": failures,
-    }
-
-
 def parse() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("true", "scaled"), default="true" if gpu else "scaled")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of " + ",".join(STAGES))
     parser.add_argument("--methods", default=",".join(METHODS), help="some of " + ",".join(METHODS))
-    parser.add_argument("--latent", type=int, help="side of the latents; 128 (1024 px) on a GPU, else 64")
-    parser.add_argument("--steps", type=int, default=10 if gpu else 3, help="timed steps")
+    parser.add_argument("--latent", type=int, help="side of the latents; 128 (1024 px) on a GPU, else 48")
+    parser.add_argument("--steps", type=int, default=10 if gpu else 2, help="timed steps")
     parser.add_argument("--repeats", type=int, default=3 if gpu else 2, help="timed merges of each method")
-    parser.add_argument("--pairs", default="1,2,4,8", help="pairs per forward pass to try")
+    parser.add_argument("--pairs", default="1,2,4,8" if gpu else "1,2,4", help="pairs per forward pass to try")
     parser.add_argument("--rank", type=int, help="of a LoRA; 64 at true size, else 12")
     parser.add_argument("--grid", type=int, default=16 if gpu else 2, help="largest side of the grid that is run")
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
@@ -449,7 +400,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure again what an earlier run measured")
     parser.add_argument("--out", type=Path, help="tests/bench/results/merge-<size>-<device>.json")
     options = parser.parse_args()
-    options.latent = options.latent or (128 if gpu else 64)
+    options.latent = options.latent or (128 if gpu else 48)
     options.rank = options.rank or (64 if options.size == "true" else 12)
     options.out = options.out or RESULTS / f"merge-{options.size}-{options.device}.json"
     options.pairs = [int(k) for k in options.pairs.split(",")]
@@ -472,12 +423,16 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("size", "latent", "rank", "dtype", "device", "threads")}
     settings |= {"full": options.full, "torch": torch.__version__, "gpu": machine()["gpu"]}
     results = Results(options.out, "tests.bench.merge", settings, options.again)
-    if set(options.stages) - {"endurance"}:
+    if "flops" in options.stages:
+        results.stage("flops", true_size_flops)
+    if set(options.stages) - {"endurance", "flops"}:
         bench = Bench(options)
-        plain = {"rates": measure_rates, "steps": measure_steps, "k": measure_k, "memory": measure_memory}
+        plain = {"rates": measure_rates, "steps": measure_steps, "memory": measure_memory}
         for name, measure in plain.items():
             if name in options.stages:
                 results.stage(name, lambda measure=measure: measure(bench))  # type: ignore[misc]
+        for k in options.pairs if "k" in options.stages else ():
+            results.stage(f"k = {k}", lambda k=k: measure_k(bench, k))  # type: ignore[misc]
         if "methods" in options.stages:
             measure_methods(bench, options.methods, results)
         if "grid" in options.stages:

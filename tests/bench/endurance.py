@@ -1,0 +1,62 @@
+"""Pair after pair on one worker's base: whether it keeps its bits, memory stays flat and nothing is compiled again."""
+
+import gc
+from typing import Any
+
+import psutil
+import torch
+from PIL import Image
+
+from tests.bench.measuring import give_back
+from tests.random_loras import random_lora
+from tests.tiny import tiny_sdxl
+from ziplora.base import resident
+from ziplora.calibrate import calibrate
+from ziplora.lora import LoRA
+from ziplora.merged import Pair
+from ziplora.methods import METHODS, CalibrationSettings, ZipLoRAKnobs
+from ziplora.sample import Request, sample_requests
+
+
+def measure_endurance(n_pairs: int, device: str) -> dict[str, Any]:
+    """On the tests' tiny base: pairs merged by gradient and in closed form by turns, each sampled through a compiled
+    UNet. LoRAs of three ranks, some of which lack layers."""
+    base = resident(tiny_sdxl().to(device))
+    loras = [random_lora(base.slots, rank=2 + i % 3, seed=i, dtype=torch.float32, drop=i % 4) for i in range(30)]
+    observe = CalibrationSettings(4, 0, "separate", 32, "inputs")
+    image = [Image.linear_gradient("L")]
+    known = [calibrate(base, lora, f"picture {i}", image, observe) for i, lora in enumerate(loras)]
+    weights = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in base.unet.state_dict().items()}
+    backend = "inductor" if device == "cuda" else "eager"
+    methods = [(METHODS["ziplora"].load(), ZipLoRAKnobs(steps=2, draws=4))]
+    methods += [(METHODS[name].load(), METHODS[name].knobs()) for name in ("ziplora-closed",) if name in METHODS]
+    memory, compiled, failures = [], [], 0
+    torch.compiler.reset()
+    try:
+        for number in range(n_pairs):
+            i, j = number % 10, 10 + number // 10 % 20
+            pair = Pair(loras[i], loras[j], known[i], known[j])
+            merge, knobs = methods[number % len(methods)]
+            lora: LoRA = merge(base, [pair], knobs)[0].lora()
+            pictures = sample_requests(
+                base, [Request(lora, f"{number % 7}", number)], steps=2, width=32, height=32, backend=backend
+            )
+            failures += sum(picture.size != (32, 32) for picture in pictures)
+            if number == 0:
+                torch.compiler.set_stance("fail_on_recompile")  # from here on a second compilation is an error
+            gc.collect()
+            give_back()
+            memory.append(psutil.Process().memory_info().rss)
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    finally:
+        torch.compiler.set_stance("default")
+    after = base.unet.state_dict()
+    return {
+        "pairs": n_pairs,
+        "base_bit_identical": all(torch.equal(copy, after[name]) for name, (_, copy) in weights.items()),
+        "base_at_the_same_addresses": all(pointer == after[name].data_ptr() for name, (pointer, _) in weights.items()),
+        "bytes_after_pair": {str(n): memory[n - 1] for n in (1, n_pairs // 4, n_pairs // 2, n_pairs)},
+        "growth_from_a_quarter_to_the_end": memory[-1] / memory[n_pairs // 4 - 1] - 1,
+        "compiled_graphs_after_pair": {str(n): compiled[n - 1] for n in (1, n_pairs)},
+        "wrong_pictures": failures,
+    }
