@@ -1,14 +1,16 @@
-"""All that a merge needs to know of one LoRA: fixed draws of (image, noise, timestep), and what the LoRA alone
-predicts on them.
+"""All that a merge needs to know of one LoRA: fixed draws of (image, noise, timestep), what the LoRA alone predicts on
+them, and on request second moments of what its layers read meanwhile.
 
 Both reconstruction terms of ZipLoRA's Eq. 3 (arXiv 2311.13600v2) compare the merged model with ε(L; x, p), the
 prediction of one LoRA on its own noised images and its own prompt. That prediction does not depend on the partner.
 So it is computed once per LoRA, and an S×T grid needs S + T teachers instead of 2·S·T. With as many draws as the
-optimisation takes steps, every step still sees a fresh draw: nothing is approximated.
+optimisation takes steps, every step still sees a fresh draw: nothing is approximated. The closed forms need no
+prediction but the moments (`ziplora.moments`), recorded in the same passes.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +21,11 @@ from torch import Tensor
 from ziplora.base import Base, Conditioning
 from ziplora.lora import LoRA, digest
 from ziplora.methods import SELF_GUIDANCE, SELF_IMAGES, SELF_STEPS, CalibrationSettings
+from ziplora.moments import output_weights, recorded, total_bytes
 from ziplora.sample import sample_latents
 
 TEACHER_ROWS = 4  # predictions per forward pass
+WEIGHT_ROWS = 8  # draws that output weights are averaged over
 
 Source = Literal["images", "self-generated"]
 
@@ -29,7 +33,8 @@ Source = Literal["images", "self-generated"]
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """`noisy` and `target` [draws, c, h, w], `timesteps` [draws]; `conditioning` is the one encoded prompt, by the
-    LoRA's own text encoders."""
+    LoRA's own text encoders. `moments` [in, in] by name of the input and `output_weights` by path, if they were asked
+    for: see `ziplora.moments`."""
 
     prompt: str
     noisy: Tensor
@@ -37,11 +42,13 @@ class Calibration:
     target: Tensor
     conditioning: Conditioning
     source: Source
+    moments: Mapping[str, Tensor] | None = None
+    output_weights: Mapping[str, float] | None = None
 
     @property
     def n_bytes(self) -> int:
         tensors = (self.noisy, self.timesteps, self.target, self.conditioning.embeds, self.conditioning.pooled)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None) + total_bytes(self.moments)
 
 
 def calibrate(
@@ -72,17 +79,20 @@ def calibrate(
         index, noise, timesteps = draw(len(latents), latents.shape[1:], base.n_timesteps, settings.draws, seed)
         clean = latents[index.to(latents.device)]
         noisy = base.add_noise(clean, noise.to(clean), timesteps)
-        target = torch.cat(
-            [
-                base.predict_noise(
-                    noisy[i : i + TEACHER_ROWS],
-                    timesteps[i : i + TEACHER_ROWS],
-                    conditioning.repeat(len(noisy[i : i + TEACHER_ROWS])),
-                )
-                for i in range(0, len(noisy), TEACHER_ROWS)
-            ]
-        )
-    return Calibration(prompt, noisy, timesteps, target, conditioning, source)  # type: ignore[arg-type]
+        with recorded(base.slots) if settings.moments != "none" else nullcontext() as moments:
+            target = predictions(base, noisy, timesteps, conditioning)
+        weights = None
+        if settings.moments == "inputs+outputs":
+            rows, z_seed = slice(WEIGHT_ROWS), derived_seed(seed, "output weights")
+            weights = output_weights(base, noisy[rows], timesteps[rows], conditioning, z_seed)
+    return Calibration(prompt, noisy, timesteps, target, conditioning, source, moments, weights)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def predictions(base: Base, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """ε of the model as it is, for every draw under the one prompt, a few rows at a time; like noisy."""
+    parts = zip(noisy.split(TEACHER_ROWS), timesteps.split(TEACHER_ROWS), strict=True)
+    return torch.cat([base.predict_noise(some, at, conditioning.repeat(len(some))) for some, at in parts])
 
 
 def draw(

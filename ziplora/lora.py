@@ -96,6 +96,10 @@ def max_rank(lora: LoRA) -> int:
     return max((layer.rank for layer in lora.layers.values()), default=0)
 
 
+def touches_text_encoder(lora: LoRA) -> bool:
+    return any(path.startswith("text_encoder") for path in lora.layers)
+
+
 def n_bytes(lora: LoRA) -> int:
     """Bytes of all values in the dtype they have now."""
     return sum(tensor.nbytes for layer in lora.layers.values() for tensor in (layer.down, layer.up))

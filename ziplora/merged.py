@@ -10,12 +10,13 @@ from ziplora.lora import LoRA, Mergers, max_rank, stacked
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Both LoRAs, weights folded in, and the calibrations that the method asked for."""
+    """Both LoRAs, weights folded in, and the calibrations and the combined prompt that the method asked for."""
 
     subject: LoRA
     style: LoRA
     subject_calibration: Calibration | None = None
     style_calibration: Calibration | None = None
+    combined_prompt: str | None = None  # both triggers filled in: see Method.combined_prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ that run the model merge several side by side.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -21,16 +22,31 @@ SELF_IMAGES = 4
 SELF_STEPS = 25
 SELF_GUIDANCE = 5.0
 ZIPLORA_PAPER = "https://arxiv.org/abs/2311.13600"
+REGMEAN_PAPER = "https://arxiv.org/abs/2212.09849"
+
+
+Moments = Literal["none", "inputs", "inputs+outputs"]
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
-    """How one LoRA is observed (ziplora/calibrate.py). `size` in pixels, None for the base's own."""
+    """How one LoRA is observed (ziplora/calibrate.py). `size` in pixels, None for the base's own. `moments`: whether
+    second moments of the layers' inputs are recorded too, and weights of their outputs."""
 
     draws: int
     seed: int
     noise: Literal["separate", "shared"]
     size: int | None
+    moments: Moments = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """UNet calls on one latent that a pair costs beyond its LoRAs' calibrations: merged ones with the backward pass to
+    the mergers, and ones without gradient."""
+
+    backward: int = 0
+    forward: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,128 @@ class ZipLoRAKnobs:
         draws = self.draws if self.draws is not None else self.steps * self.batch
         return CalibrationSettings(draws, seed, self.noise, self.size)
 
+    def passes(self) -> Passes:
+        return Passes(backward=2 * self.steps * self.batch)
+
+
+@dataclass(frozen=True, slots=True)
+class ComposedKnobs(ZipLoRAKnobs):
+    """ZipLoRA with a fourth term, about the picture that is wanted: γ·‖ε(L_m; x, p_cs) − ε*(x, p_cs)‖², where p_cs is
+    the combined prompt and x by turns noised pictures of the subject and of the style. It is no part of the paper.
+
+    combined_weight: γ; 0 is the paper. combined_target: ε* is `sum`, ε_c + ε_s − ε_0, what both LoRAs add to the base
+    model's prediction under that prompt; or `direct`, the prediction of the direct merge. combined_draws: distinct
+    latents of the term, half of either LoRA; each costs three passes without gradient (`direct`: one).
+    combined_prompt: a template with both trigger words. The penalty is off and the learning rate 0.03 by default: in
+    the pocket world that reconstructs better than the paper's settings.
+    """
+
+    learning_rate: float = 0.03
+    penalty_weight: float = 0.0
+    combined_weight: float = 1.0
+    combined_target: Literal["sum", "direct"] = "sum"
+    combined_draws: int = 32
+    combined_prompt: str = "a {subject} in {style}"
+
+    def __post_init__(self) -> None:
+        ZipLoRAKnobs.__post_init__(self)
+        if not 0 <= self.combined_weight < float("inf"):
+            raise ValueError("combined_weight is at least 0 and finite; 0 is the paper's objective")
+        if self.combined_draws < 2 or self.combined_draws % 2:
+            raise ValueError(f"combined_draws is {self.combined_draws}; an even number from 2, half for either LoRA")
+        names = _fields_of(self.combined_prompt)
+        if names != {"subject", "style"}:
+            raise ValueError(
+                f"combined_prompt is {self.combined_prompt!r}; a template with {{subject}} and {{style}},"
+                " such as 'a {subject} in {style}'"
+            )
+
+    def passes(self) -> Passes:
+        if self.combined_weight == 0:
+            return ZipLoRAKnobs.passes(self)
+        teachers = 3 if self.combined_target == "sum" else 1
+        return Passes(3 * self.steps * self.batch, teachers * self.combined_draws)
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedKnobs:
+    """Settings of the closed forms. draws, noise and size: of the observations, as for ziplora. ridge: ρ, how strongly
+    the solution is pulled towards the direct merge where the observations say little. output_weights: weigh both
+    LoRAs' errors in a layer by how much they change the prediction, at the cost of a few backward passes per LoRA."""
+
+    draws: int = 32
+    ridge: float = 1e-3
+    output_weights: bool = False
+    noise: Literal["separate", "shared"] = "separate"
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("draws", 1), ("size", 8)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}; at least {low}")
+        if not 0 < self.ridge < float("inf"):
+            raise ValueError(
+                f"ridge is {self.ridge}; above 0 and finite: without it a layer may have no single solution"
+            )
+
+    def calibration(self, seed: int) -> CalibrationSettings:
+        moments: Moments = "inputs+outputs" if self.output_weights else "inputs"
+        return CalibrationSettings(self.draws, seed, self.noise, self.size, moments)
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixKnobs(ClosedKnobs):
+    """As for ziplora-closed, but the outputs are weighed unless asked otherwise."""
+
+    output_weights: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RefinedKnobs(ClosedKnobs):
+    """Settings of ziplora-closed, and of the steps behind it. optimizer: `adam` takes the next `batch` draws at each
+    step; `lbfgs` minimises Eq. 3 without its penalty on `batch` fixed draws, in the coordinates in which the closed
+    form's quadratic is round, for which it holds 19 GB of matrices per pair of SDXL and needs output_weights. In the
+    pocket world Adam is the better of the two. learning_rate is Adam's alone."""
+
+    output_weights: bool = True
+    steps: int = 10
+    optimizer: Literal["adam", "lbfgs"] = "adam"
+    batch: int = 8
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        ClosedKnobs.__post_init__(self)
+        self.engine()
+        if self.optimizer == "lbfgs" and not self.output_weights:
+            raise ValueError(
+                "output_weights is off; optimizer lbfgs measures layers against each other by them: turn them on"
+            )
+        if self.optimizer == "lbfgs" and self.steps < 2:
+            raise ValueError("steps is 1; at least 2 for lbfgs, which takes back what its last one made worse")
+        if self.optimizer == "lbfgs" and self.batch > self.draws:
+            raise ValueError(f"batch is {self.batch}, draws {self.draws}: lbfgs takes at most all draws at once")
+
+    def engine(self) -> ZipLoRAKnobs:
+        """The same as settings of the gradient engine."""
+        draws = self.batch if self.optimizer == "lbfgs" else self.draws
+        return ZipLoRAKnobs(
+            self.steps, self.learning_rate, 0.0, noise=self.noise, draws=draws, batch=self.batch,
+            size=self.size, similarity_floor=0.0,
+        )  # fmt: skip
+
+    def passes(self) -> Passes:
+        return Passes(backward=2 * self.steps * self.batch)
+
+
+def _fields_of(template: str) -> set[str | None]:
+    """Names of the template's fields; {None} where it is none."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError:
+        return {None}
+    return {name for _, name, spec, conversion in parts if name is not None and not spec and not conversion}
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -92,6 +230,7 @@ class Method:
     cost: str
     knobs: type
     function: str
+    solver: Literal["column", "matrix"] | None = None  # the closed form that it solves, in ziplora/closed_form.py
 
     def load(self) -> Callable[[Base, Sequence[Pair], Any], list[Merged]]:
         module, _, name = self.function.partition(":")
@@ -101,6 +240,15 @@ class Method:
     def calibration(self, knobs: Any, seed: int) -> CalibrationSettings | None:
         """What the method must know of each LoRA beyond its weights; None if nothing."""
         return knobs.calibration(seed) if hasattr(knobs, "calibration") else None
+
+    def passes(self, knobs: Any) -> Passes:
+        return knobs.passes() if hasattr(knobs, "passes") else Passes()
+
+    def combined_prompt(self, knobs: Any, subject_trigger: str, style_trigger: str) -> str | None:
+        """What `Pair.combined_prompt` must be for this method; None if it does not look at it."""
+        if not hasattr(knobs, "combined_prompt"):
+            return None
+        return knobs.combined_prompt.format(subject=subject_trigger, style=style_trigger)
 
     @property
     def knob_names(self) -> tuple[str, ...]:
@@ -118,6 +266,49 @@ METHODS: dict[str, Method] = {
             mergers=True,
             cost="one merged forward and backward pass per step; teacher passes once per LoRA",
             knobs=ZipLoRAKnobs,
+            function="ziplora.optimize:ziplora",
+        ),
+        Method(
+            name="ziplora-closed",
+            summary="ziplora's coefficients, solved layer by layer: each layer shall give what it gave in either LoRA",
+            paper=ZIPLORA_PAPER,
+            yields="one LoRA, and the coefficients",
+            mergers=True,
+            cost="two linear systems' worth of seconds; model passes only once per LoRA",
+            knobs=ClosedKnobs,
+            function="ziplora.closed_form:ziplora_closed",
+            solver="column",
+        ),
+        Method(
+            name="ziplora-matrix",
+            summary="the same with a matrix for each LoRA in place of coefficients: the regression mean of both",
+            paper=REGMEAN_PAPER,
+            yields="one LoRA",
+            mergers=False,
+            cost="the least of all that look at the model; model passes only once per LoRA",
+            knobs=MatrixKnobs,
+            function="ziplora.closed_form:ziplora_matrix",
+            solver="matrix",
+        ),
+        Method(
+            name="ziplora-refined",
+            summary="ziplora-closed, then a few steps of ziplora from there",
+            paper=ZIPLORA_PAPER,
+            yields="one LoRA, and the coefficients",
+            mergers=True,
+            cost="a tenth of ziplora's steps, several draws at each",
+            knobs=RefinedKnobs,
+            function="ziplora.refine:ziplora_refined",
+            solver="column",
+        ),
+        Method(
+            name="ziplora-composed",
+            summary="ziplora with a term for the combined prompt: both LoRAs' effects shall add up there",
+            paper=ZIPLORA_PAPER,
+            yields="one LoRA, and the coefficients",
+            mergers=True,
+            cost="half as much again as ziplora, and passes without gradient for the combined prompt",
+            knobs=ComposedKnobs,
             function="ziplora.optimize:ziplora",
         ),
         Method(

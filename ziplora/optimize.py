@@ -4,8 +4,12 @@ UNet.
     L = ‖ε(L_m; x_c, p_c) − ε(L_c; x_c, p_c)‖ + ‖ε(L_m; x_s, p_s) − ε(L_s; x_s, p_s)‖ + λ Σ_layers |m_c·m_s|
 
 The mergers m_c, m_s are the only parameters. Both reconstruction terms of all pairs are rows of one forward pass;
-teachers come from `calibrate`. Pairs do not see each other: the loss is a sum over them and Adam acts on each value
-alone.
+teachers come from `calibrate`. Pairs do not see each other: the loss is a sum over them, and each has a descent of its
+own.
+
+With `ComposedKnobs` a third reconstruction term, of the combined prompt (`ziplora.composition`), is weighed by γ.
+
+The UNet's own `enable_gradient_checkpointing()` is honoured: activations are then computed twice instead of kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +21,11 @@ from torch import Tensor, nn
 
 from ziplora.base import Base, Conditioning, stack
 from ziplora.calibrate import Calibration
-from ziplora.lora import LoRA, Mergers, zipped
+from ziplora.composition import combined_calibrations
+from ziplora.descent import Descent, adam
+from ziplora.lora import Mergers, touches_text_encoder, zipped
 from ziplora.merged import Merged, Pair
-from ziplora.methods import ZipLoRAKnobs
-
-# Default 1e-8 is not small here: the penalty's gradient, λ·m/(in·layers), is 1.4e-8 at SDXL's size, and eps would halve
-# its updates there while leaving those of a miniature alone.
-ADAM_EPSILON = 1e-15
+from ziplora.methods import ComposedKnobs, ZipLoRAKnobs
 
 
 def similarity_penalty(m_subject: Tensor, m_style: Tensor) -> Tensor:
@@ -44,21 +46,27 @@ def penalty_sum(mergers: Mapping[str, Tensor], form: str) -> Tensor:
 
 
 def reconstruction(predicted: Tensor, target: Tensor, form: str) -> Tensor:
-    """The first two terms of Eq. 3: [merges, 2, rows, c, h, w] → [merges, 2] (subject, style), averaged over rows."""
+    """The first two terms of Eq. 3: [merges, 2, rows, c, h, w] → [merges, 2] (subject, style), averaged over rows; and
+    a third like them where there is one."""
     difference = (predicted.double() if predicted.dtype == torch.float64 else predicted.float()) - target
     if form == "norm":
         return difference.flatten(3).norm(dim=-1).mean(-1)
     return difference.square().flatten(2).mean(-1)
 
 
+Calibrations = Sequence[Sequence[Calibration | None]]  # of each pair: subject's, style's, combined prompt's if any
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One update of every pair; all values [merges]. `similarity` is Σ_layers |m_c·m_s| as a share of its start."""
+    """One update of every pair; all values [merges]. `similarity` is Σ_layers |m_c·m_s| as a share of its start;
+    `combined_loss`, without γ, is None where γ is 0."""
 
     number: int
     subject_loss: Tensor
     style_loss: Tensor
     similarity: Tensor
+    combined_loss: Tensor | None = None
 
 
 class Optimization:
@@ -67,8 +75,18 @@ class Optimization:
     Leaves the pairs in the base's slots until the iteration ends.
     """
 
-    def __init__(self, base: Base, pairs: Sequence[Pair], knobs: ZipLoRAKnobs) -> None:
-        self.base, self.pairs, self.knobs = base, pairs, knobs
+    def __init__(
+        self,
+        base: Base,
+        pairs: Sequence[Pair],
+        knobs: ZipLoRAKnobs,
+        *,
+        initial: Sequence[Mergers] | None = None,
+        descent: Descent | None = None,
+    ) -> None:
+        """Mergers start at `initial`, or at 1 (the direct merge); `descent` moves them, Adam if not given."""
+        self.base, self.pairs, self.knobs, self.initial = base, pairs, knobs, initial
+        self.descent = descent or adam(knobs.learning_rate)
         self.mergers: list[Mergers] = []
         self.history: list[Step] = []
         self.stopped_at = [knobs.steps] * len(pairs)
@@ -78,30 +96,37 @@ class Optimization:
 
     def __iter__(self) -> Iterator[Step]:
         base, knobs = self.base, self.knobs
-        calibrations = [(pair.subject_calibration, pair.style_calibration) for pair in self.pairs]
+        if base.dtype == torch.float16:
+            raise ValueError("gradients underflow in float16, so nothing would be learned: use bfloat16 or float32")
+        gamma = knobs.combined_weight if isinstance(knobs, ComposedKnobs) else 0.0
+        calibrations = [[pair.subject_calibration, pair.style_calibration] for pair in self.pairs]
+        if isinstance(knobs, ComposedKnobs) and gamma:
+            for parts, combined in zip(calibrations, combined_calibrations(base, self.pairs, knobs), strict=True):
+                parts.append(combined)
         base.slots.load([[pair.subject, pair.style] for pair in self.pairs])
         try:
-            if base.dtype == torch.float16:
-                raise ValueError("gradients underflow in float16, so nothing would be learned: use bfloat16 or float32")
-            conditioning = student_conditioning(base, self.pairs)
+            conditioning = _conditioning(base, self.pairs, calibrations)
             mergers = base.slots.attach_mergers()
             if not mergers:
                 raise ValueError(
                     "neither LoRA touches an attention layer of the UNet: nothing to merge, use the direct method"
                 )
-            optimizer = torch.optim.Adam(mergers.values(), lr=knobs.learning_rate, eps=ADAM_EPSILON)
+            if self.initial is not None:
+                self._start(mergers, self.initial)
+            update = self.descent(mergers)
             start = penalty_sum(mergers, "literal").detach().clamp_min(1.0)  # 0 where no layer has both LoRAs
             frozen: list[Mergers | None] = [None] * len(self.pairs)
             for number in range(1, knobs.steps + 1):
-                noisy, timesteps, target = batch(calibrations, number - 1, knobs.batch)
+                noisy, timesteps, target = batch(calibrations, number - 1, knobs.batch, knobs.draws)
                 loss = eq3_losses(base, mergers, noisy, timesteps, conditioning.repeat(knobs.batch), target, knobs)
-                # zero_grad before: a gradient left behind would double the memory of the mergers
-                optimizer.zero_grad(set_to_none=True)
-                (loss.reconstruction.sum() + knobs.penalty_weight * loss.penalty.sum()).backward()
-                optimizer.step()
-                step = self._record(
-                    number, loss.reconstruction.detach(), penalty_sum(mergers, "literal").detach() / start
-                )
+                terms = loss.reconstruction
+                total = terms[:, :2].sum(1) + gamma * terms[:, 2:].sum(1) + knobs.penalty_weight * loss.penalty
+                # emptied before, not after: a gradient left behind would double the memory of the mergers
+                for merger in mergers.values():
+                    merger.grad = None
+                total.sum().backward()
+                update(total.detach(), number == knobs.steps)
+                step = self._record(number, terms.detach(), penalty_sum(mergers, "literal").detach() / start)
                 for i in (step.similarity <= knobs.similarity_floor).nonzero().flatten().tolist():
                     if frozen[i] is None:
                         frozen[i], self.stopped_at[i] = self._take(mergers, i), number
@@ -113,14 +138,22 @@ class Optimization:
             base.slots.close()
 
     def _record(self, number: int, losses: Tensor, similarity: Tensor) -> Step:
-        step = Step(number, losses[:, 0].cpu(), losses[:, 1].cpu(), similarity.cpu())
+        parts = [part.cpu() for part in losses.unbind(1)]
+        step = Step(number, parts[0], parts[1], similarity.cpu(), *parts[2:])
         if not torch.isfinite(losses).all():
             what = f"the loss is not finite at step {number}"
-            if number == 1:  # the mergers are still 1: it is the direct merge that overflows
+            if number == 1:  # not the optimisation's doing: usually it is the direct merge that overflows
                 raise ArithmeticError(f"{what}, before any update: is a LoRA broken, or its weight far too large?")
             raise ArithmeticError(f"{what}: lower the learning rate ({self.knobs.learning_rate})")
         self.history.append(step)
         return step
+
+    @torch.no_grad()
+    def _start(self, mergers: Mapping[str, nn.Parameter], initial: Sequence[Mergers]) -> None:
+        for i, given in enumerate(initial):
+            for part, values in enumerate((given.subject, given.style)):
+                for path, value in values.items():
+                    mergers[path][i, part] = value.to(mergers[path])
 
     def _take(self, mergers: Mapping[str, nn.Parameter], index: int) -> Mergers:
         """Merge `index`'s coefficients; a layer that only one LoRA has keeps both (the other's multiply nothing)."""
@@ -139,7 +172,10 @@ class Optimization:
 
     def _report(self, index: int) -> dict[str, Any]:
         first, last = self.history[0], self.history[self.stopped_at[index] - 1]
-        return {
+        combined = {}
+        if first.combined_loss is not None and last.combined_loss is not None:
+            combined = {"combined_loss": [first.combined_loss[index].item(), last.combined_loss[index].item()]}
+        return combined | {
             "steps": self.stopped_at[index],
             "stopped_early": self.stopped_at[index] < self.knobs.steps,
             "subject_loss": [first.subject_loss[index].item(), last.subject_loss[index].item()],
@@ -189,34 +225,28 @@ def eq3_losses(
 def student_conditioning(base: Base, pairs: Sequence[Pair]) -> Conditioning:
     """Both prompts of every pair, [2·pairs] rows: as the merged text encoders see them, which differ from the
     teachers' only if a LoRA trains them."""
-    prompts = [
-        calibration
-        for pair in pairs
-        for calibration in (pair.subject_calibration, pair.style_calibration)
-        if calibration is not None
-    ]
+    return _conditioning(base, pairs, [[pair.subject_calibration, pair.style_calibration] for pair in pairs])
+
+
+def _conditioning(base: Base, pairs: Sequence[Pair], calibrations: Calibrations) -> Conditioning:
+    known = [calibration for parts in calibrations for calibration in parts if calibration is not None]
     if not any(touches_text_encoder(lora) for pair in pairs for lora in (pair.subject, pair.style)):
-        return stack([calibration.conditioning for calibration in prompts])
-    return base.encode_prompts([calibration.prompt for calibration in prompts])
+        return stack([calibration.conditioning for calibration in known])
+    return base.encode_prompts([calibration.prompt for calibration in known])
 
 
-def touches_text_encoder(lora: LoRA) -> bool:
-    return any(path.startswith("text_encoder") for path in lora.layers)
-
-
-def batch(
-    calibrations: Sequence[tuple[Calibration | None, Calibration | None]], step: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Step `step`'s draws of every pair: noisy [merges, 2, rows, c, h, w], timesteps [merges, 2, rows], target like
-    noisy."""
+def batch(calibrations: Calibrations, step: int, rows: int, draws: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Step `step`'s draws of every pair: noisy [merges, 2, rows, c, h, w] (3 with a combined term), timesteps
+    [merges, 2, rows], target like noisy. Only the first `draws` of each calibration are used, if given."""
 
     def pick(calibration: Calibration | None) -> tuple[Tensor, Tensor, Tensor]:
         assert calibration is not None
-        index = torch.arange(step * rows, (step + 1) * rows) % len(calibration.timesteps)
+        known = len(calibration.timesteps)
+        index = torch.arange(step * rows, (step + 1) * rows) % (known if draws is None else min(draws, known))
         return calibration.noisy[index], calibration.timesteps[index], calibration.target[index]
 
-    picked = [[pick(subject), pick(style)] for subject, style in calibrations]
+    picked = [[pick(calibration) for calibration in parts] for parts in calibrations]
     noisy, timesteps, target = (
-        torch.stack([torch.stack([one[i] for one in pair]) for pair in picked]) for i in range(3)
+        torch.stack([torch.stack([one[i] for one in parts]) for parts in picked]) for i in range(3)
     )
     return noisy, timesteps, target
