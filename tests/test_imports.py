@@ -28,7 +28,7 @@ OWNERS = {
     },
     "rich": {"service/cli.py", "service/console.py"},
     "peft": {"ziplora/train.py"},
-    "safetensors": {"ziplora/formats.py"},
+    "safetensors": {"ziplora/calibration_files.py", "ziplora/formats.py"},
 }
 POCKET = "ziplora/pocket/"  # builds and trains models of its own, so the model libraries are its business too
 MODEL_OWNERS = {
