@@ -70,6 +70,10 @@ class Pace:
         """Mean seconds of each stage."""
         return {stage: mean.value for stage, mean in self._stages.items()}
 
+    def learned_s(self, method: str | None, worker: str) -> float | None:
+        """`job_s` from finished jobs alone: a guess that is far too low would put a whole block into one tile."""
+        return self.job_s(method, worker) if (self._jobs if method is None else method in self._jobs) else None
+
     def deadline_s(self, method: str, worker: str, side_by_side: int, limit_s: float) -> float:
         """Seconds without a word after which a worker is taken for hung: `limit_s` for each job merged side by side,
         less once it is known how long they take."""

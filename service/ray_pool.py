@@ -313,6 +313,13 @@ class RayPool:
         absence.next_look = now + absence.interval_s
         return []
 
+    def _waits_for_room(self, worker: str) -> bool:
+        """Whether no node has had resources for its actor yet: that is no failure, the cluster may still grow."""
+        if not self._streams:
+            return False
+        actor = ray._private.state.actors(self._actors[worker]._actor_id.hex())
+        return actor.get("State") in ("DEPENDENCIES_UNREADY", "PENDING_CREATION")
+
     def _end(self, worker: str) -> None:
         """End a worker that does not answer; Ray starts another in its place."""
         ray.kill(self._actors[worker], no_restart=False)
@@ -326,6 +333,9 @@ class RayPool:
         now = time.monotonic()
         reports: list[Report] = []
         for worker, call in [(worker, call) for worker, call in self._calls.items() if call.deadline <= now]:
+            if call.doing == "load" and self._waits_for_room(worker):
+                call.deadline = now + LOAD_DEADLINE_S
+                continue
             self._end(worker)
             what = "loading its base" if call.doing != "tile" else "a job"
             late = DeadlineExceeded(f"{worker} took too long over {what} and was restarted: is --deadline too short?")

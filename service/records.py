@@ -6,10 +6,9 @@ jobs that were committed since.
 
 import logging
 import random
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import BoundedSemaphore
 
 from service.catalog import Catalog
 from service.errors import ServiceError, StorageError, Unavailable
@@ -28,8 +27,8 @@ class FailureRecords:
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
         self._threads = ThreadPoolExecutor(THREADS, "records")
-        self._room = BoundedSemaphore(AHEAD)
-        self._stopped = False
+        self._room = threading.BoundedSemaphore(AHEAD)
+        self._stopped = threading.Event()
         try:
             self._old = catalog.given_up()
         except StorageError as error:
@@ -48,7 +47,8 @@ class FailureRecords:
             self._start(lambda: self.catalog.clear_failure(job.job_id))
 
     def close(self, wait: bool = True) -> None:
-        self._stopped = not wait
+        if not wait:
+            self._stopped.set()
         self._threads.shutdown(wait=wait, cancel_futures=not wait)
 
     def _start(self, write: Callable[[], object]) -> None:
@@ -63,8 +63,8 @@ class FailureRecords:
                     return
                 except Unavailable as error:
                     log.info("a failure is not recorded yet: %s", error)
-                    if attempt < ATTEMPTS and not self._stopped:
-                        time.sleep(backoff_s(attempt, random.random(), *STORE_BACKOFF_S))
+                    if attempt < ATTEMPTS and self._stopped.wait(backoff_s(attempt, random.random(), *STORE_BACKOFF_S)):
+                        return
                 except ServiceError as error:
                     log.warning("a failure is not recorded in the catalog: %s", error)
                     return

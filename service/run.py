@@ -181,7 +181,7 @@ class _Loop:
         if jobs:
             return Tile(jobs)
         method = None if len(self.left) > 1 else next(iter(self.left))
-        job_s = self.pace.job_s(method, worker)
+        job_s = self.pace.learned_s(method, worker)
         n = tile_size(job_s, self.progress.left, len(self.hands), hand.side_by_side)
         return self.board.take(worker, n, hand.held)
 
@@ -328,8 +328,8 @@ class _Loop:
                 )
 
     def _suspect(self, worker: str, kind: str, now: float) -> None:
-        """A worker on which one job after another fails rests for a while, longer each time: it fails faster than others
-        work, and would use up an attempt of every job there is."""
+        """A worker on which one job after another fails rests for a while, longer each time: it fails faster than
+        others work, and would use up an attempt of every job there is."""
         hand = self.hands.get(worker)
         if hand is not None and kind not in self.limits.no_retry and kind != "Unavailable":
             hand.failures += 1

@@ -5,18 +5,19 @@ up to a limit. Only few jobs wait here, so memory is bounded, and a worker that 
 """
 
 import random
+import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from service.catalog import Catalog
-from service.errors import AlreadyCommitted, ServiceError, Unavailable
+from service.errors import AlreadyCommitted, Unavailable
 from service.faults import backoff_s
 from service.jobs import Job, identity
 from service.messages import JobResult
+from service.translation import failed
 
 T = TypeVar("T")
 AHEAD = 2  # jobs whose files wait or upload; of SDXL pairs at rank 64 that is a gigabyte
@@ -40,10 +41,11 @@ class PatientStore:
         self.patience_s = patience_s
         self.trouble: str | None = None
         self._random = random.Random()
-        self._closed = False
+        self._closed = threading.Event()
 
     def close(self) -> None:
-        self._closed = True
+        """Whoever waits gets the last error at once."""
+        self._closed.set()
 
     def call(self, function: Callable[[], T]) -> T:
         """The function's value; Unavailable when the store stayed away for longer than the worker is patient."""
@@ -54,9 +56,8 @@ class PatientStore:
             except Unavailable as error:
                 self.trouble, attempt = str(error), attempt + 1
                 wait_s = backoff_s(attempt, self._random.random(), *RETRY_S)
-                if self._closed or time.monotonic() + wait_s > until:
+                if time.monotonic() + wait_s > until or self._closed.wait(wait_s):
                     raise
-                time.sleep(wait_s)
             else:
                 self.trouble = None
                 return value
@@ -101,12 +102,3 @@ class Uploads:
         stages["commit"] = time.monotonic() - started
         n_bytes = sum(item.size for item in entry.objects.values())
         return replace(made.result, stages=stages, n_bytes=n_bytes)
-
-
-def failed(job: Job, error: BaseException, stages: Mapping[str, float], broken_lora: str | None = None) -> JobResult:
-    """The result of an attempt that ended with `error`; a Defect where it is none of ours."""
-    known = (base.__name__ for base in type(error).__mro__ if base.__module__ == ServiceError.__module__)
-    kind = next(known, "Defect")
-    reason = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {error}"
-    text = "".join(traceback.format_exception(error))
-    return JobResult(job.job_id, "failed", kind, reason, text, stages, broken_lora=broken_lora)

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -25,19 +24,22 @@ from service.base_files import read_base
 from service.caches import Cache, memory_share
 from service.catalog import Catalog
 from service.device import Device, timed
-from service.errors import BadInput, Corrupted, ManifestError, NotFound, OutOfMemory, ServiceError
+from service.errors import BadInput, ManifestError, NotFound
 from service.inputs import LocalCache, user_cache
 from service.jobs import ALGORITHM, Concept, Job, Role, canonical_json
 from service.merged_files import png, sample_list, written
 from service.messages import Began, JobResult, Message, Stalled, Tile, TileDone, WorkerSettings
+from service.node_cache import NodeCache
 from service.scoring import Judges, alignments_of, scored
 from service.side_by_side import SideBySide
 from service.storage import open_store
-from service.uploads import Made, PatientStore, Uploads, failed
+from service.translation import BrokenLoRA, failed, is_out_of_memory, translated
+from service.uploads import Made, PatientStore, Uploads
 from ziplora import formats
 from ziplora.base import Base, load_base
 from ziplora.calibrate import Calibration, calibrate
-from ziplora.errors import LoRAError
+from ziplora.calibration_files import calibration_key, read_calibration, write_calibration
+from ziplora.errors import FormatError, LoRAError
 from ziplora.lora import LoRA, n_bytes, restyled, scaled
 from ziplora.merged import Merged, Pair
 from ziplora.methods import METHODS, CalibrationSettings
@@ -48,14 +50,6 @@ STALL_S = 5.0  # between two signs of life while waiting for something outside
 FETCHES = 2  # LoRAs read at a time
 
 
-class BrokenLoRA(BadInput):
-    """A LoRA that is what the plan says and cannot be used, with whatever partner."""
-
-    def __init__(self, message: str, sha256: str = "") -> None:
-        super().__init__(message)
-        self.sha256 = sha256
-
-
 @dataclass(slots=True)
 class Ready:
     """A job with all that its merge needs; `stages` in seconds so far, `peak_bytes` while it was merged."""
@@ -64,7 +58,7 @@ class Ready:
     knobs: Any
     subject: LoRA
     style: LoRA
-    calibrations: list[Calibration | None]
+    calibrations: tuple[Calibration | None, Calibration | None]
     stages: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
     neighbours: int = 0  # merged with it, side by side
@@ -82,7 +76,9 @@ class Worker:
         self.load_s = time.monotonic() - started
         self.catalog = Catalog(open_store(settings.catalog))
         self.judges = Judges(self.device.name)
-        self.files = LocalCache(Path(settings.cache_dir) if settings.cache_dir else user_cache(), settings.cache_bytes)
+        cache_dir = Path(settings.cache_dir) if settings.cache_dir else user_cache()
+        self.files = LocalCache(cache_dir, settings.cache_bytes)
+        self.observed = NodeCache(cache_dir / "calibrations", settings.cache_bytes // 2)
         memory = settings.memory_cache_bytes or memory_share(settings.workers_per_node)
         self.loras: Cache[LoRA] = Cache(memory, n_bytes)
         # beside the model in the GPU's memory, unlike the LoRAs
@@ -92,6 +88,7 @@ class Worker:
         self.store = PatientStore(settings.store_patience_s)
         self.uploads = Uploads(self.catalog, self.store, *([] if settings.overlap else [0]))
         self._fetches = ThreadPoolExecutor(FETCHES, "fetch")
+        self._calls = ThreadPoolExecutor(1, "call")  # what is needed now does not queue behind what is fetched ahead
         self._counted: dict[str, int] = {}
 
     def _load_base(self) -> Base:
@@ -103,6 +100,7 @@ class Worker:
                     f"base {settings.base} on this machine has digest {files.digest[:12]}, the run was planned with"
                     f" {str(settings.base_digest)[:12]}: put the same files on every machine"
                 )
+            self.base_digest = files.digest
             dtype = self.device.dtype(settings.dtype)
             return load_base(files.directory, device=self.device.name, dtype=dtype, variant=files.variant)
         except (ManifestError, OSError, ValueError) as error:
@@ -112,7 +110,8 @@ class Worker:
         """Take back what has not begun; uploads under way end or leave garbage."""
         self.store.close()
         self.uploads.close()
-        self._fetches.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._fetches, self._calls):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     # A tile
 
@@ -168,10 +167,8 @@ class Worker:
             except Exception as error:  # a defect of ours, or of a library: the job fails, the worker lives
                 yield failed(one.job, error, one.stages)
             else:
-                while self.uploads.pending > self.uploads.ahead:
-                    yield from self._wait_for_upload(waited)
                 self.uploads.start(made)
-                if self.uploads.ahead == 0:
+                while self.uploads.pending > self.uploads.ahead:
                     yield from self._wait_for_upload(waited)
 
     def _is_committed(self, job: Job) -> bool:
@@ -185,7 +182,7 @@ class Worker:
     def _waiting(self, function: Callable[[], T], waited: "_Waited") -> Generator[Message, None, T]:
         """The function's value, from a thread; signs of life while the store is away. To be used with `yield from`."""
         with waited:
-            future: Future[T] = self._fetches.submit(self.store.call, function)
+            future: Future[T] = self._calls.submit(self.store.call, function)
             while True:
                 try:
                     return future.result(STALL_S)
@@ -207,7 +204,11 @@ class Worker:
                 self._fetches.submit(self._lora, concept)
 
     def _done(self, seconds: float, busy_s: float) -> TileDone:
-        caches: dict[str, Cache[Any]] = {"lora": self.loras, "calibration": self.calibrations}
+        caches: dict[str, Cache[Any] | NodeCache] = {
+            "lora": self.loras,
+            "calibration": self.calibrations,
+            "calibration_file": self.observed,
+        }
         now = {"bytes": self.files.downloaded_bytes}
         for name, cache in caches.items():
             now |= {f"{name} hit": cache.hits, f"{name} miss": cache.misses}
@@ -236,10 +237,10 @@ class Worker:
             style = yield from self._waiting(lambda: self._lora(job.style), waited)
         observe = method.calibration(knobs, job.seed)
         with timed(stages, "calibrate"):
-            calibrations = [
-                self._calibration(concept, lora, observe) if observe else None
-                for concept, lora in ((job.subject, subject), (job.style, style))
-            ]
+            calibrations = (
+                self._calibration(job.subject, subject, observe) if observe else None,
+                self._calibration(job.style, style, observe) if observe else None,
+            )
         return Ready(job, knobs, subject, style, calibrations, stages)
 
     def _merge(self, ready: Sequence[Ready]) -> Iterator[tuple[Ready, Merged | Exception]]:
@@ -247,8 +248,14 @@ class Worker:
         error it is."""
         if not ready:
             return
+        method, knobs = METHODS[ready[0].job.method], ready[0].knobs
         pairs = [
-            Pair(one.subject, one.style, subject_calibration=one.calibrations[0], style_calibration=one.calibrations[1])
+            Pair(
+                one.subject,
+                one.style,
+                *one.calibrations,
+                method.combined_prompt(knobs, one.job.subject.trigger, one.job.style.trigger),
+            )
             for one in ready
         ]
         stages: dict[str, float] = {}
@@ -257,7 +264,7 @@ class Worker:
         failure: Exception | None = None
         try:
             with timed(stages, "merge"):
-                merged = METHODS[ready[0].job.method].load()(self.base, pairs, ready[0].knobs)
+                merged = method.load()(self.base, pairs, knobs)
         except Exception as error:
             failure = error
         for one in ready:
@@ -319,12 +326,26 @@ class Worker:
         return lora if concept.weight == 1.0 else scaled(lora, concept.weight)
 
     def _calibration(self, concept: Concept, lora: LoRA, settings: CalibrationSettings) -> Calibration:
-        images = tuple(image.sha256 for image in concept.images)
-        key = (concept.lora_sha256, concept.weight, concept.prompt, images, settings)
-        return self.calibrations.get(
-            key,
-            lambda: calibrate(self.base, lora, concept.prompt, self._images(concept), settings, concept.lora_sha256),
+        images = [image.sha256 for image in concept.images]
+        key = calibration_key(
+            concept.lora_sha256, concept.weight, concept.prompt, images, settings, self.base_digest, self.base.dtype
         )
+
+        def observed() -> bytes:
+            return write_calibration(
+                calibrate(self.base, lora, concept.prompt, self._images(concept), settings, concept.lora_sha256)
+            )
+
+        def load() -> Calibration:
+            # as read back even where it was just made: what is written is rounded, and a job's result shall not depend
+            # on whether another was here before
+            try:
+                return read_calibration(self.observed.get(key, observed), self.base)
+            except FormatError:  # not whole, or of another version
+                self.observed.forget(key)
+                return read_calibration(self.observed.get(key, observed), self.base)
+
+        return self.calibrations.get(key, load)
 
     def _images(self, concept: Concept) -> list[Image.Image]:
         pictures = []
@@ -400,22 +421,3 @@ class _Waited:
 def merges_like(job: Job) -> tuple[str, str]:
     """Equal for jobs that can share a forward pass."""
     return job.method, canonical_json(dict(job.knobs))
-
-
-@contextmanager
-def translated(job: Job) -> Iterator[None]:
-    """Errors of `ziplora`, torch and the machine in the service's own words; the only place that does so."""
-    try:
-        yield
-    except (NotFound, Corrupted, LoRAError) as error:
-        raise BadInput(f"{job.pair}: {error}") from error
-    except ServiceError:
-        raise
-    except (ValueError, ArithmeticError) as error:
-        raise BadInput(f"{job.pair}: {error}") from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(f"{job.pair}: {error}: use a GPU with more memory, or a smaller sample size") from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -20,6 +20,7 @@ def test_a_guess_holds_until_jobs_say_better() -> None:
     assert pace.job_s("ziplora") == pytest.approx(55.0)
     assert taught(pace, "a", 10.0, n=200).job_s("ziplora") == pytest.approx(10.0, rel=0.1)
     assert Pace().job_s("ziplora") is None
+    assert Pace(prior_s=1e-6).learned_s("ziplora", "a") is None  # no tile is made on a guess
 
 
 def test_what_runs_behind_the_next_job_costs_nothing() -> None:

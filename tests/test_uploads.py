@@ -9,7 +9,8 @@ import pytest
 from service.catalog import Catalog
 from service.errors import NotFound, Unavailable
 from service.messages import JobResult
-from service.uploads import Made, PatientStore, Uploads, failed
+from service.translation import failed
+from service.uploads import Made, PatientStore, Uploads
 from tests.test_tiles import job
 
 

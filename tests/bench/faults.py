@@ -14,17 +14,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import boto3
-import psutil
 import ray
 import yaml
 from ray.cluster_utils import Cluster
@@ -41,6 +40,7 @@ from service.run import Progress, run
 from tests.bench.scripted_worker import Script
 from tests.commands import wait_until
 from tests.swift_node import swift_node
+from tests.test_ray_pool import actors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LORAS = ROOT / "ziplora/pocket/weights/loras"
@@ -62,6 +62,7 @@ class Scene:
     progress: Progress | None = None
     pool: RayPool | None = None
     limits: Limits = LIMITS
+    at: list[tuple[float, Callable[[], None]]] = field(default_factory=list)  # share committed → what happens then
 
     @property
     def catalog(self) -> Catalog:
@@ -76,19 +77,22 @@ class Scene:
                 self.catalog,
                 run_id="faults",
                 limits=self.limits,
-                observers=[self.seen.append],
+                observers=[self._note],
             )
         finally:
             self.pool.close()
 
+    def _note(self, event: events.Event) -> None:
+        self.seen.append(event)
+        if self.at and self.n_committed() >= self.at[0][0] * len(self.jobs):
+            self.at.pop(0)[1]()
+
     def during(self, act: Callable[[], None]) -> None:
         """Drive the run while `act` goes on beside it."""
-        beside = threading.Thread(target=act)
-        beside.start()
-        try:
+        with ThreadPoolExecutor(1) as beside:
+            done = beside.submit(act)
             self.drive()
-        finally:
-            beside.join()
+            done.result()
 
     def n_committed(self) -> int:
         return sum(isinstance(event, events.JobCommitted) for event in self.seen)
@@ -127,15 +131,18 @@ def kill_9(scene: Scene) -> dict[str, object]:
 def node_killed(scene: Scene) -> dict[str, object]:
     """A node vanishes with its worker; later another comes."""
 
-    def act() -> None:
-        scene.committed(0.2)
+    def remove() -> None:
         scene.cluster.remove_node(scene.nodes.pop(), allow_graceful=False)
-        scene.committed(0.6)
-        scene.nodes.append(scene.cluster.add_node(num_cpus=1))
 
-    scene.during(act)
+    def add() -> None:
+        scene.nodes.append(scene.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20))
+
+    scene.at = [(0.2, remove), (0.4, add)]
+    scene.drive()
+    assert not scene.at
     check(scene)
-    return {"workers lost": sum(isinstance(event, events.WorkerGone) for event in scene.seen)}
+    ready = sum(isinstance(event, events.WorkerReady) for event in scene.seen)
+    return {"workers lost": sum(isinstance(event, events.WorkerGone) for event in scene.seen), "workers ready": ready}
 
 
 def node_drained(scene: Scene) -> dict[str, object]:
@@ -264,15 +271,6 @@ def check(scene: Scene, given_up: set[str] = frozenset(), before: set[str] = fro
     left = [path for path in scene.root.rglob("*.part") if path.is_file()]
     left += [path for path in (scene.root / "catalog").rglob(".tmp/*") if path.is_file()]
     assert not left, left
-
-
-def actors() -> list[int]:
-    """Processes of workers, of whatever driver."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any("ray::_Actor" in word for word in process.info["cmdline"] or ()):
-            found.append(process.pid)
-    return found
 
 
 # The stage

@@ -1,0 +1,171 @@
+"""Workers as Ray actors: what a pool does with real processes that die, hang and are told to go. The workers here merge
+nothing, they commit a line of text; everything else is real."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from service import events
+from service.catalog import Catalog
+from service.faults import Limits
+from service.jobs import Job, identity
+from service.messages import Began, JobResult, Message, Tile, TileDone, WorkerSettings
+from service.ray_pool import RayPool
+from service.run import Progress, run
+from tests.bench.simulated import grid
+from tests.commands import wait_until
+
+
+@dataclass(frozen=True, slots=True)
+class Quick:
+    """Makes workers that commit at once, but for what a script says: pair → what its attempts do, in order."""
+
+    directory: Path
+    acts: Mapping[str, Sequence[str]]
+    side_by_side: int = 1
+    job_s: float = 0.0
+
+    name = "none"
+    load_s = 0.0
+
+    def __call__(self, settings: WorkerSettings) -> "Quick":
+        return self
+
+    @property
+    def device(self) -> "Quick":
+        return self
+
+    def is_sound(self) -> bool:
+        return True
+
+    def work(self, tile: Tile) -> Iterator[Message]:
+        catalog = Catalog(self.directory / "catalog")
+        for first in range(0, len(tile.jobs), self.side_by_side):
+            jobs = tile.jobs[first : first + self.side_by_side]
+            yield Began(tuple(job.job_id for job in jobs))
+            for job in jobs:
+                self._act(job)
+            for job in jobs:
+                catalog.commit(job.job_id, identity(job), {"merged.json": b"{}"}, {})
+                yield JobResult(job.job_id, "committed", stages={"merge": self.job_s})
+        yield TileDone(side_by_side=self.side_by_side)
+
+    def _act(self, job: Job) -> None:
+        time.sleep(self.job_s)
+        acts = self.acts.get(job.pair, ())
+        done = len(list(self.directory.glob(f"{job.subject.id}-{job.style.id}.*")))
+        (self.directory / f"{job.subject.id}-{job.style.id}.{done}").touch()
+        match acts[min(done, len(acts) - 1)] if acts else "ok":
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    memory = {"object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, **memory)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@dataclass(slots=True)
+class Driven:
+    jobs: list[Job]
+    progress: Progress
+    seen: list[events.Event]
+
+    def attempts(self) -> dict[str, int]:
+        return {job.pair: self.progress.attempts[job.job_id] for job in self.jobs}
+
+    def failed(self) -> list[tuple[str, str]]:
+        return [(e.job.pair, e.kind) for e in self.seen if isinstance(e, events.JobFailed) and e.counts]
+
+
+def drive(cluster: Cluster, make: Quick, jobs: list[Job], limits: Limits | None = None, act: object = None) -> Driven:
+    """Run `jobs` on two workers, and hold the end to what must hold after every run."""
+    seen: list[events.Event] = []
+    pool = RayPool(WorkerSettings("", "", None, device="cpu"), 2, cluster.address, make=make)
+
+    def observe(event: events.Event) -> None:
+        seen.append(event)
+        if callable(act):
+            act(pool, event)
+
+    try:
+        catalog = Catalog(make.directory / "catalog")
+        progress = run(jobs, pool, catalog, run_id="test", limits=limits, observers=[observe])
+    finally:
+        pool.close()
+    assert progress.left == 0
+    assert catalog.committed() == {job.job_id for job in progress.committed}
+    assert not ray.is_initialized()
+    wait_until(
+        lambda: not [p for p in psutil.process_iter(["cmdline"]) if "ray::_Actor" in " ".join(p.info["cmdline"] or ())]
+    )
+    return Driven(jobs, progress, seen)
+
+
+def actors() -> list[int]:
+    """Processes of workers on this test's nodes."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ray::_Actor" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+def test_a_poison_pair_ends_workers_and_nobody_else(cluster: Cluster, tmp_path: Path) -> None:
+    make = Quick(tmp_path, {"subject1/style1": ["die"]}, side_by_side=2)
+    done = drive(cluster, make, grid(3, 3), Limits(attempts=2))
+    assert [job.pair for job, _ in done.progress.given_up] == ["subject1/style1"]
+    assert done.attempts() == {job.pair: 2 if job.pair == "subject1/style1" else 1 for job in done.jobs}
+    assert done.failed() == [("subject1/style1", "WorkerLost")] * 2
+
+
+def test_a_process_that_stops_is_ended_at_its_deadline(cluster: Cluster, tmp_path: Path) -> None:
+    make = Quick(tmp_path, {"subject0/style1": ["hang", "ok"]})
+    done = drive(cluster, make, grid(2, 3), Limits(deadline_s=3))
+    assert done.failed() == [("subject0/style1", "DeadlineExceeded")]
+    assert len(done.progress.committed) == 6
+
+
+def test_a_node_that_is_drained_gets_no_more_work_and_loses_none(cluster: Cluster, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def tell(pool: RayPool, event: events.Event) -> None:
+        if isinstance(event, events.JobCommitted) and not told:
+            told.append(event.worker)
+            node_id = pool.processes[event.worker].node_id
+            ray_command = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address]
+            reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot notice"]
+            deadline = ["--deadline-remaining-seconds", "300"]
+            subprocess.run([*ray_command, "--node-id", node_id, *reason, *deadline], check=True, capture_output=True)
+
+    done = drive(cluster, Quick(tmp_path, {}, job_s=0.5), grid(6, 6), act=tell)
+    gone = [event for event in done.seen if isinstance(event, events.WorkerGone)]
+    assert [(event.worker, event.returns) for event in gone] == [(told[0], True)]
+    assert "drained" in gone[0].reason
+    assert len(done.progress.committed) == 36
+    assert not [event for event in done.seen if isinstance(event, events.JobFailed)]
+    after = done.seen.index(gone[0])
+    started = [event for event in done.seen[after:] if isinstance(event, events.TileStarted) and event.jobs]
+    assert started
+    assert told[0] not in {event.worker for event in started}
