@@ -128,10 +128,10 @@ def _locations(raw: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str, bool]]:
             images = entry.get("images", [])
             for text in images if isinstance(images, list) else [images]:
                 yield (role, id, "images"), text.strip(), False
-    models = {("base",): raw["base"], **{("scores", kind): one for kind, one in (raw.get("scores") or {}).items()}}
-    for field, model in models.items():
-        if model is not None:
-            yield field, (model["location"] if isinstance(model, dict) else model).strip(), True
+    models: list[tuple[FieldPath, Any]] = [(("base",), raw["base"])]
+    models += [(("scores", kind), model) for kind, model in (raw.get("scores") or {}).items() if model is not None]
+    for field, model in models:
+        yield field, (model["location"] if isinstance(model, dict) else model).strip(), True
 
 
 def _files(text: str, directory: Path, is_model: bool) -> list[Path]:
