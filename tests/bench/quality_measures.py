@@ -160,7 +160,8 @@ class Stand:
 
     def _pairs(self, variant: Variant, cells: Sequence[Cell]) -> tuple[list[Pair], float]:
         """And the CPU seconds of observing one LoRA; a grid needs that once per LoRA, not per pair."""
-        wanted = METHODS[variant.method].calibration(variant.knobs, cells[0].seed)
+        method = METHODS[variant.method]
+        wanted = method.calibration(variant.knobs, cells[0].seed)
         pairs, seconds = [], []
         for cell in cells:
             subject, style = (
@@ -171,7 +172,8 @@ class Stand:
                 for i, concept in enumerate((cell.subject, cell.style)):
                     observed[i], spent = self.calibration(concept, wanted)
                     seconds.append(spent)
-            pairs.append(Pair(subject, style, *observed))
+            prompt = method.combined_prompt(variant.knobs, cell.subject.trigger, cell.style.trigger)
+            pairs.append(Pair(subject, style, *observed, combined_prompt=prompt))
         return pairs, sum(seconds) / len(seconds) if seconds else 0.0
 
     def calibration(self, concept: Concept, wanted: CalibrationSettings) -> tuple[Calibration, float]:
