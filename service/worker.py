@@ -51,7 +51,7 @@ FETCHES = 2  # LoRAs read at a time
 
 
 @dataclass(slots=True)
-class Ready:
+class Prepared:
     """A job with all that its merge needs; `stages` in seconds so far, `peak_bytes` while it was merged."""
 
     job: Job
@@ -147,7 +147,7 @@ class Worker:
 
     def _do(self, jobs: Sequence[Job], waited: "_Waited") -> Iterator[Message]:
         """Merge and sample `jobs`, which may share a forward pass. Results of those that end here; the rest uploads."""
-        ready: list[Ready] = []
+        ready: list[Prepared] = []
         for job in jobs:
             stages: dict[str, float] = {}
             try:
@@ -226,7 +226,7 @@ class Worker:
 
     # A job
 
-    def _prepared(self, job: Job, stages: dict[str, float], waited: "_Waited") -> Generator[Message, None, Ready]:
+    def _prepared(self, job: Job, stages: dict[str, float], waited: "_Waited") -> Generator[Message, None, Prepared]:
         method = METHODS[job.method]
         knobs: Any = TypeAdapter(method.knobs).validate_python(dict(job.knobs))
         if job.scorers:
@@ -241,9 +241,9 @@ class Worker:
                 self._calibration(job.subject, subject, observe) if observe else None,
                 self._calibration(job.style, style, observe) if observe else None,
             )
-        return Ready(job, knobs, subject, style, calibrations, stages)
+        return Prepared(job, knobs, subject, style, calibrations, stages)
 
-    def _merge(self, ready: Sequence[Ready]) -> Iterator[tuple[Ready, Merged | Exception]]:
+    def _merge(self, ready: Sequence[Prepared]) -> Iterator[tuple[Prepared, Merged | Exception]]:
         """Merge side by side; with fewer at a time where memory does not suffice, and one by one to find out whose
         error it is."""
         if not ready:
@@ -284,7 +284,7 @@ class Worker:
             for first in range(0, len(ready), half):
                 yield from self._merge(ready[first : first + half])
 
-    def _made(self, one: Ready, merged: Merged) -> Made:
+    def _made(self, one: Prepared, merged: Merged) -> Made:
         job, stages = one.job, one.stages
         with timed(stages, "write"):
             files = written(job, merged, self._circumstances(one.calibrations))
@@ -385,7 +385,7 @@ class Worker:
             files[sample["object"]] = png(image, text)
         return dict(sorted(files.items()))
 
-    def _report(self, one: Ready, merged: Merged) -> dict[str, Any]:
+    def _report(self, one: Prepared, merged: Merged) -> dict[str, Any]:
         report: dict[str, Any] = {
             "merge": dict(merged.report),
             "device": self.device.model,

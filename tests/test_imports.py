@@ -41,6 +41,8 @@ PLANNING = (
     "service.plan_text",
     "service.catalog",
     "service.tiles",
+    "service.run",
+    "service.pool",
     "ziplora",
     "ziplora.methods",
 )

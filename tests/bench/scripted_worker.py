@@ -33,13 +33,13 @@ class Script:
                 return number
 
     def __call__(self, settings: WorkerSettings) -> Any:
-        from service.worker import Ready, Worker
+        from service.worker import Prepared, Worker
         from ziplora.merged import Merged
 
         script = self
 
         class Scripted(Worker):
-            def _merge(self, ready: Sequence[Ready]) -> Iterator[tuple[Ready, Merged | Exception]]:
+            def _merge(self, ready: Sequence[Prepared]) -> Iterator[tuple[Prepared, Merged | Exception]]:
                 for one in ready:
                     time.sleep(script.pause_s)
                     acts = script.acts.get(one.job.pair)
