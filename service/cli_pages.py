@@ -3,7 +3,7 @@
 import click
 
 from service.cli_options import CATALOG_HELP, open_catalog
-from service.console import OUT, left_out
+from service.console import OUT, complain, left_out, tracked
 
 
 @click.command(epilog=CATALOG_HELP)
@@ -21,4 +21,48 @@ def index(catalog: str, rebuild: bool) -> None:
     )
 
 
-COMMANDS = (index,)
+@click.command(epilog=CATALOG_HELP)
+@click.argument("catalog")
+@click.option("--title", default="", help="Heading of the page; default: the catalog's name.")
+@click.option(
+    "--references",
+    "manifest",
+    metavar="MANIFEST",
+    help="Show a reference picture beside each subject and style, small, from the images that MANIFEST names. They"
+    " become part of the catalog: do not, if who may see it should not see them.",
+)
+def gallery(catalog: str, title: str, manifest: str | None) -> int:
+    """Write gallery.html beside CATALOG: a page to look through it, which opens from disk and from S3."""
+    from service.pages import PAGE, Gallery, put_references
+
+    opened = open_catalog(catalog)
+    if manifest is not None:
+        put_references(opened.store, reference_pictures(manifest))
+    made = Gallery(opened, title)
+    for _ in tracked(made.steps(), "thumbnails"):
+        pass
+    written = made.written
+    for record in written.problems:
+        complain(f"{record.key}: {record.reason}", "not shown")
+    OUT.print(
+        f"{opened.store.url}/{PAGE}: {written.cells} merges, {written.subjects} subjects × {written.styles} styles",
+        soft_wrap=True,
+    )
+    return 1 if written.problems else 0
+
+
+def reference_pictures(manifest: str) -> dict[tuple[str, str], bytes]:
+    """The first reference image of each subject and style that has one, by (role, id)."""
+    from service.manifest import read_manifest
+    from service.storage import split_location
+
+    read = read_manifest(manifest)
+    found: dict[tuple[str, str], bytes] = {}
+    for spec in (*read.subjects, *read.styles):
+        if spec.images:
+            store, key = split_location(spec.images[0])
+            found[spec.role, spec.id] = store.get(key)
+    return found
+
+
+COMMANDS = (index, gallery)

@@ -11,6 +11,7 @@ import pytest
 
 from service.catalog import Catalog
 from service.storage import Store, open_store
+from tests.browser import browser, pytest_terminal_summary  # noqa: F401
 from tests.grid import Grid, build_grid
 from tests.swift_node import SwiftNode, swift_node
 
