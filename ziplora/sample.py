@@ -12,7 +12,7 @@ steps, and each step then costs what the base's does. Side by side, LoRAs pass t
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -145,15 +145,24 @@ def _unet_part(lora: LoRA) -> LoRA:
 
 
 def _rows(base: Base, request: Request, negative: str, settings: Settings) -> Conditioning:
-    """One request's rows of a forward pass: without and with the prompt, or the prompt alone where nothing guides."""
-    text = select(request.lora, lambda path: not path.startswith("unet.")) if request.lora else LoRA({})
+    text = select(request.lora or LoRA({}), lambda path: not path.startswith("unet."))
     text_lora = text if text.layers else None
-    prompt = base.encode_prompt(request.prompt, text_lora)
+    return _guided(base, lambda prompt: base.encode_prompt(prompt, text_lora), request.prompt, negative, settings)
+
+
+def _guided(
+    base: Base, encode: Callable[[str], Conditioning], prompt: str, negative: str, settings: Settings
+) -> Conditioning:
+    """A picture's rows of a forward pass: without and with the prompt, or the prompt alone where nothing guides."""
+    encoded = encode(prompt)
     if settings.guidance <= 1:
-        return prompt
-    if not negative and _nothing_is_zeros(base):
-        return stack([_zeros(prompt), prompt])
-    return stack([base.encode_prompt(negative, text_lora), prompt])
+        return encoded
+    # no negative prompt at all is zeros for SDXL, as it was trained; an empty text is something else
+    if not negative and base.pipeline.config.get("force_zeros_for_empty_prompt", False):
+        pooled = encoded.pooled
+        nothing = Conditioning(torch.zeros_like(encoded.embeds), None if pooled is None else torch.zeros_like(pooled))
+        return stack([nothing, encoded])
+    return stack([encode(negative), encoded])
 
 
 def sample_images(
@@ -194,22 +203,7 @@ def sample_latents(
 
 
 def _rows_as_loaded(base: Base, prompt: str, negative: str, settings: Settings) -> Conditioning:
-    encoded = base.encode_prompts([prompt])
-    if settings.guidance <= 1:
-        return encoded
-    if not negative and _nothing_is_zeros(base):
-        return stack([_zeros(encoded), encoded])
-    return stack([base.encode_prompts([negative]), encoded])
-
-
-def _nothing_is_zeros(base: Base) -> bool:
-    """Whether no negative prompt at all is zeros, as SDXL was trained, and not the encoding of an empty text."""
-    return bool(base.pipeline.config.get("force_zeros_for_empty_prompt", False))
-
-
-def _zeros(conditioning: Conditioning) -> Conditioning:
-    pooled = conditioning.pooled
-    return Conditioning(torch.zeros_like(conditioning.embeds), None if pooled is None else torch.zeros_like(pooled))
+    return _guided(base, lambda text: base.encode_prompts([text]), prompt, negative, settings)
 
 
 @torch.no_grad()

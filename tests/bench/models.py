@@ -55,7 +55,7 @@ def random_unet(device: str, dtype: torch.dtype, size: str = "true") -> UNet2DCo
 def random_pipeline(device: str, dtype: torch.dtype, size: str = "true") -> StableDiffusionXLPipeline:
     """The whole of SDXL: UNet, both text encoders (their vocabulary is a small one), autoencoder, Euler scheduler."""
     (width, layers), (width_2, layers_2), vae_widths = PARTS[size]
-    with torch.random.fork_rng(devices=[device] if device == "cuda" else []), torch.device(device):
+    with torch.random.fork_rng(devices=[0] if device == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         vae = AutoencoderKL(
             block_out_channels=vae_widths,
