@@ -236,6 +236,7 @@ cli.add_command(deploy)
     is_flag=True,
     help="Exit code 0 also when jobs were given up: for schedulers that would start the whole run again.",
 )
+@click.option("--gallery/--no-gallery", default=True, show_default=True, help="Keep gallery.html beside the catalog.")
 def run(manifest: str, output: str | None, download: bool, given_up_ok: bool, **options: Any) -> int:
     """Merge, sample and publish everything in MANIFEST that the catalog does not hold yet.
 
@@ -264,8 +265,10 @@ def execute(
     metrics_port: int,
     attempts: int,
     deadline: float,
+    gallery: bool = True,
 ) -> int:
     from service.faults import Limits
+    from service.live import LiveGallery
     from service.messages import WorkerSettings
     from service.metrics import Metrics
     from service.run import run as drive
@@ -288,6 +291,7 @@ def execute(
     )
     run_id = new_run_id(planned.manifest_digest)
     standing = StandingRecord(catalog, run_id)
+    live = LiveGallery(catalog) if gallery else None
     interrupted, problem = False, None
     summary = Summary()
     pool = None
@@ -303,7 +307,8 @@ def execute(
                 already=len(planned.committed),
                 limits=Limits(attempts=attempts, deadline_s=deadline),
                 prior_s=planned.duration.total_s / len(planned.left),
-                observers=[summary.observe, metrics.observe, progress.observe, standing.observe],
+                observers=[summary.observe, metrics.observe, progress.observe, standing.observe]
+                + ([live.observe] if live else []),
             )
         except KeyboardInterrupt:
             interrupted = True
@@ -318,10 +323,15 @@ def execute(
     summary.committed_now = len(catalog.committed() & {job.job_id for job in planned.left}) if unfinished else None
     now = summary.committed_now
     standing.close(None if now is None else len(planned.committed) + now)
+    if live is not None:
+        live.close()
     leave_record(catalog, run_id, manifest, metrics, summary)
     if not unfinished:  # an unfinished run shall end at once; the next one brings the index up to date
         index = catalog.build_index()
         OUT.print(f"catalog: {planned.output} ({index.entries} merges, digest {index.digest[:16]})", soft_wrap=True)
+        if live is not None:
+            live.finish()
+            OUT.print(f"to look at it: {planned.output}/gallery.html", soft_wrap=True)
     summary.show(len(planned.committed))
     if problem is not None:
         raise problem

@@ -1,9 +1,15 @@
 """`ziplora index`, `gallery`, `watch`, `study …`: options and what is printed; the work is index.py's, pages.py's, …"""
 
+import time
+from typing import TYPE_CHECKING
+
 import click
 
 from service.cli_options import CATALOG_HELP, open_catalog
-from service.console import OUT, complain, left_out, tracked
+from service.console import OUT, complain, left_out, redrawn, tracked
+
+if TYPE_CHECKING:
+    from service.watch import View
 
 
 @click.command(epilog=CATALOG_HELP)
@@ -65,4 +71,53 @@ def reference_pictures(manifest: str) -> dict[tuple[str, str], bytes]:
     return found
 
 
-COMMANDS = (index, gallery)
+@click.command(epilog=CATALOG_HELP)
+@click.argument("catalog")
+@click.option("--every", default=5.0, type=click.FloatRange(min=0.5), show_default=True, help="Seconds between looks.")
+@click.option("--once", is_flag=True, help="Look once.")
+def watch(catalog: str, every: float, once: bool) -> None:
+    """Watch CATALOG fill: merges, rate, time left, what came last. Ends with the newest run; from any machine."""
+    from service.watch import Watch
+
+    looked = time.monotonic()
+
+    def wait() -> None:
+        nonlocal looked
+        time.sleep(max(every, 5 * (time.monotonic() - looked)))  # a listing of 100,000 takes its time
+        looked = time.monotonic()
+
+    last: list[str] = []
+    with redrawn() as screen:
+        for view in Watch(open_catalog(catalog), wait):
+            lines = view_lines(view)
+            if screen is not None:
+                screen("\n".join(lines))
+            elif lines != last:
+                OUT.print("\n".join(lines), soft_wrap=True)
+            last = lines
+            if once:
+                break
+
+
+def view_lines(view: "View") -> list[str]:
+    run = view.standing
+    lines = [f"{view.merges} merges, {view.given_up} given up"]
+    if view.per_minute is not None and view.running:
+        lines[0] += f", {view.per_minute:.1f} per minute"
+    if run is not None:
+        done = run.committed + run.given_up
+        state = f"no word since {run.updated[:16].replace('T', ' ')} UTC" if view.stale else run.state
+        lines.append(f"run {run.run_id}: {done} of {run.jobs} done, {run.workers} workers, {state}")
+        if view.eta_s is not None:
+            lines[-1] += f", about {duration(view.eta_s)} left"
+    lines += [f"  {merge.at:%H:%M:%S}  {merge.subject} × {merge.style} ({merge.method})" for merge in view.recent]
+    return lines
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+COMMANDS = (index, gallery, watch)

@@ -2,10 +2,12 @@
 
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -51,6 +53,16 @@ def progress_bar() -> Progress:
         transient=True,
         disable=not ERR.is_terminal,
     )
+
+
+@contextmanager
+def redrawn() -> Iterator[Callable[[str], None] | None]:
+    """A function that shows a text in place of the one before; None where there is no terminal."""
+    if not OUT.is_terminal:
+        yield None
+        return
+    with Live(console=OUT, auto_refresh=False) as live:
+        yield lambda text: live.update(Text(text), refresh=True)
 
 
 def size_text(n_bytes: int) -> str:

@@ -16,6 +16,7 @@ from service.errors import ServiceError
 from service.pages import Gallery, Written, put_live
 
 EVERY_S = 20.0
+CLOSE_S = 5.0  # a run that was interrupted shall end, whatever the pages are at
 SHARE = 10  # a refresh that takes long comes seldom: at most a tenth of the time goes into them
 log = logging.getLogger("ziplora.live")
 
@@ -46,14 +47,16 @@ class LiveGallery:
                     self.live["state"] = "interrupted" if event.interrupted or event.left else "finished"
 
     def close(self) -> None:
-        """End the thread and say to open pages how the run ended."""
+        """End the thread, if it does so soon, and say to open pages how the run ended."""
         self._ended.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout=CLOSE_S)
         self._say()
 
     def finish(self) -> Written:
         """The pages as everything stands; StorageError, unlike what the thread does."""
+        if self._thread.is_alive():
+            self._thread.join()
         written = self.gallery.refresh()
         self._say()
         return written
