@@ -80,13 +80,15 @@ class Plan:
 
 def plan(seed: int) -> Plan:
     dice = random.Random(seed)
-    jobs = grid(dice.randint(2, 8), dice.randint(2, 8))
+    side = dice.choice((6, 12, 20))
+    jobs = grid(dice.randint(side // 3, side), dice.randint(side // 3, side))
     dice.shuffle(jobs)
     jobs = jobs[: dice.randint(3, len(jobs))] if len(jobs) > 3 else jobs  # sparse grids, too
     pairs = [job.pair for job in jobs]
     away = dice.uniform(100, 900)
     world = World(
         load_s=dice.uniform(1, 60),
+        merge_s=dice.choice((10.9, 1.0)),
         noise=dice.uniform(0, 0.5),
         cached_loras=dice.randint(2, 20),
         slow_share=dice.choice((0.0, 0.3)),

@@ -102,6 +102,7 @@ class SimulatedPool:
 
     def wait(self, timeout_s: float) -> Sequence[Report]:
         limit = self.now + timeout_s
+        assert self.now < END_S, "the run does not end: a job is lost"
         while self._events and self._events[0][0] <= limit:
             time, _, worker, turn, what = heapq.heappop(self._events)
             self.now = max(self.now, time)
@@ -292,6 +293,7 @@ class SimulatedPool:
 
 
 POISON, HANG = -1.0, -2.0
+END_S = 1e6  # no run takes as long
 BASE = BaseRef("/base", None, "b" * 64, "sdxl")
 SAMPLES = SampleSettings((), (), 50, 5.0, 1024, 1024)
 
