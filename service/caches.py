@@ -55,6 +55,12 @@ class Cache(Generic[T]):
         with self._lock:
             return key in self.values or key in self._making
 
+    @property
+    def room(self) -> int:
+        """How many values of the usual size it holds; 2 while nobody knows."""
+        with self._lock:
+            return int(self.limit_bytes * len(self.values) / self.n_bytes) if self.n_bytes else 2
+
     def held(self) -> list[Hashable]:
         with self._lock:
             return list(self.values)

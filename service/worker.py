@@ -199,7 +199,8 @@ class Worker:
     def _fetch_ahead(self, jobs: Iterable[Job]) -> None:
         """Have the LoRAs of these jobs in memory before they are asked for. What goes wrong is seen when they are."""
         wanted = {concept.lora_sha256: concept for job in jobs for concept in (job.subject, job.style)}
-        for concept in wanted.values():
+        # half of the cache at most, or they would push out what is in use
+        for concept in islice(wanted.values(), max(1, self.loras.room // 2)):
             if concept.lora_sha256 not in self.loras:
                 self._fetches.submit(self._lora, concept)
 

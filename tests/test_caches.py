@@ -25,6 +25,7 @@ class TestCache:
             assert cache.get(name, lambda name=name: make(name)) == name
         assert made == ["a", "bb", "c", "bb", "long one", "c"]
         assert (cache.hits, cache.misses) == (1, 6)
+        assert (cache.room, Cache[str](10, len).room) == (3, 2)
 
     def test_each_value_is_made_once_however_many_want_it(self) -> None:
         cache, made = Cache[str](limit_bytes=100, size=len), []
