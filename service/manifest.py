@@ -200,6 +200,7 @@ class _Reading:
         self._add(faults)
         merges = tuple(self._merges())
         prompts = tuple(self._prompts())
+        self._check_strengths(file, merges)
         base, output = self._model("base"), self._output()
         scorers = {kind: self._model("scores", kind) for kind in KINDS if self._section("scores").get(kind) is not None}
         if self.problems or file is None:
@@ -363,6 +364,16 @@ class _Reading:
         seeds, faults = check_seeds(entry.get(name, 0), (*field, name))
         self._add(faults)
         return seeds
+
+    def _check_strengths(self, file: ManifestFile | None, merges: Iterable[MergeSpec]) -> None:
+        """A style strength can be sampled only where the merged file keeps the style apart."""
+        whole = [merge.method for merge in merges if not METHODS[merge.method].parts]
+        if whole and file is not None and any(strength != 1.0 for strength in file.samples.style_strengths):
+            self._problem(
+                ("samples", "style_strengths"),
+                f"{whole[0]} leaves the style no rows of its own, so that only 1.0 can be sampled; give the styles a"
+                f" weight instead, or merge by {whole[0]} in a manifest of its own",
+            )
 
     # Sample prompts
 

@@ -27,7 +27,7 @@ OWNERS = {
         "service/cli_train.py",
     },
     "rich": {"service/cli.py", "service/console.py"},
-    "peft": {"ziplora/train.py"},
+    "peft": {"ziplora/sparse_merges.py", "ziplora/train.py"},
     "safetensors": {"ziplora/calibration_files.py", "ziplora/formats.py"},
 }
 POCKET = "ziplora/pocket/"  # builds and trains models of its own, so the model libraries are its business too

@@ -344,6 +344,9 @@ ADDED = [
     ("samples: {prompts: x, size: [1024]}", "samples.size: expected a list of at least 2, given a list of 1"),
     ("samples: {prompts: x, scheduler: eulr}", "samples.scheduler: expected one of ddim, ddpm, euler, euler-ancestral, dpm++2m, dpm++2m-karras, unipc, given 'eulr'"),
     ("samples: {prompts: x, style_strengths: [1, 3]}", "samples.style_strengths[1]: expected at most 2, given 3"),
+    ("merge: {method: ties, density: 0}", "merge: density is 0.0; above 0 (nothing kept) and at most 1 (everything)"),
+    ("merge: {method: np-lora, mu: -1}", "merge: mu is -1.0; at least 0 (the direct merge) and finite, or null for full projection"),
+    ("merge: {method: svd, rank: 0}", "merge: rank is 0; at least 1, or null for the larger of the two LoRAs'"),
     ("outputs: [onnx]", "outputs[0]: expected one of peft, given 'onnx'"),
 ]  # fmt: skip
 
@@ -351,6 +354,16 @@ ADDED = [
 @pytest.mark.parametrize(("added", "message"), ADDED)
 def test_wrong_addition(added, message):
     assert problems(f"{SMALL}{added}\n") == [f"demo.yaml:9: {message}"]
+
+
+def test_a_strength_is_sampled_only_where_the_file_keeps_the_style_apart():
+    samples = "samples: {prompts: x, style_strengths: [1, 0.4]}\n"
+    assert problems(f"{SMALL}merge: [direct, svd]\n{samples}") == [
+        "demo.yaml:10: samples.style_strengths: svd leaves the style no rows of its own, so that only 1.0 can be sampled;"
+        " give the styles a weight instead, or merge by svd in a manifest of its own"
+    ]
+    parse(f"{SMALL}merge: [direct, ties, np-lora]\n{samples}")
+    parse(f"{SMALL}merge: svd\nsamples: {{prompts: x}}\n")
 
 
 def test_all_problems_at_once_in_the_order_of_the_file():

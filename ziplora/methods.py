@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from ziplora.baseline_knobs import DareKnobs, NullSpaceKnobs, PruneKnobs, SvdKnobs, TiesKnobs
+
 if TYPE_CHECKING:
     from ziplora.base import Base
     from ziplora.merged import Merged, Pair
@@ -231,6 +233,7 @@ class Method:
     knobs: type
     function: str
     solver: Literal["column", "matrix"] | None = None  # the closed form that it solves, in ziplora/closed_form.py
+    parts: bool = True  # whether the style has rows of its own in the file, so that its strength can be changed there
 
     def load(self) -> Callable[[Base, Sequence[Pair], Any], list[Merged]]:
         module, _, name = self.function.partition(":")
@@ -320,6 +323,57 @@ METHODS: dict[str, Method] = {
             cost="none",
             knobs=DirectKnobs,
             function="ziplora.baselines:direct",
+        ),
+        Method(
+            name="svd",
+            summary="the sum of both updates, cut to a chosen rank",
+            paper="https://doi.org/10.1007/BF02288367",
+            yields="one LoRA, in which subject and style are not apart",
+            mergers=False,
+            cost="one small SVD per layer",
+            knobs=SvdKnobs,
+            function="ziplora.low_rank_merges:svd",
+            parts=False,
+        ),
+        Method(
+            name="prune",
+            summary="the sum of the largest elements of both updates",
+            paper=ZIPLORA_PAPER,
+            yields="one LoRA, an approximation whose error the entry states",
+            mergers=False,
+            cost="two truncated SVDs of a dense layer at a time",
+            knobs=PruneKnobs,
+            function="ziplora.sparse_merges:prune",
+        ),
+        Method(
+            name="ties",
+            summary="the largest elements of both updates, averaged where their signs agree with the stronger one's",
+            paper="https://arxiv.org/abs/2306.01708",
+            yields="one LoRA, an approximation whose error the entry states",
+            mergers=False,
+            cost="two truncated SVDs of a dense layer at a time",
+            knobs=TiesKnobs,
+            function="ziplora.sparse_merges:ties",
+        ),
+        Method(
+            name="dare",
+            summary="the sum of both updates with elements dropped by chance and the rest scaled up",
+            paper="https://arxiv.org/abs/2311.03099",
+            yields="one LoRA, an approximation whose error the entry states",
+            mergers=False,
+            cost="two truncated SVDs of a dense layer at a time",
+            knobs=DareKnobs,
+            function="ziplora.sparse_merges:dare",
+        ),
+        Method(
+            name="np-lora",
+            summary="the style, and the subject kept out of the directions that the style reads",
+            paper="https://arxiv.org/abs/2511.11051",
+            yields="one LoRA",
+            mergers=False,
+            cost="one small SVD per layer",
+            knobs=NullSpaceKnobs,
+            function="ziplora.low_rank_merges:np_lora",
         ),
     )
 }
