@@ -98,6 +98,14 @@ def _fill_in(document: Document, manifest: Manifest, wanted: Wanted, name: str) 
     if kind == "ConfigMap":
         document["data"] = {"manifest.yaml": manifest.source.decode()}
     elif kind == "RayJob":
+        # as `ziplora submit` would have it, so that `ziplora status` finds it
+        catalog = open_store(wanted.output or manifest.output).url
+        document["spec"]["jobId"] = f"{name}-1"
+        document["spec"]["metadata"] = {
+            "manifest": Path(manifest.name).name,
+            "digest": manifest.digest,
+            "catalog": catalog,
+        }
         _size(document["spec"]["rayClusterSpec"], wanted.workers)
         document["spec"]["entrypoint"] = shlex.join(_command(shlex.split(document["spec"]["entrypoint"]), wanted))
     elif kind == "Job":

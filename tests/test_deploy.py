@@ -19,6 +19,7 @@ from service.deploy_dashboard import check_query, dashboard, metric_names
 from service.errors import BadInput, ManifestError
 from service.kustomize import build, json_patched, to_yaml
 from service.manifest import parse_manifest
+from service.ray_jobs import ID
 from tests.commands import ziplora
 from tests.kube_rules import problems
 
@@ -159,6 +160,8 @@ def test_names_come_from_the_digest_and_hang_together(tmp_path: Path) -> None:
         "ziplora run /etc/ziplora/manifest.yaml --address auto --device cuda --workers 3 --metrics-port 9400"
         " --given-up-ok --attempts 5"
     )
+    assert ID.fullmatch(job["spec"]["jobId"])
+    assert job["spec"]["metadata"]["catalog"] == "s3://bucket/catalog"
     assert at(job, *GROUP, "maxReplicas") == 3
     images = {container["image"] for container in (*at(job, *HEAD, "containers"), *at(job, *WORKER, "containers"))}
     assert images == {"registry/ziplora:1"}
