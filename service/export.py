@@ -18,7 +18,8 @@ from service.errors import BadInput, Corrupted
 from service.pull_layouts import CARD, LORA, PREVIEW, samples
 from service.storage import Store, sha256_of, split_location
 from ziplora import formats
-from ziplora.lora import LoRA, Mergers, max_rank, restyled, scaled, stacked, zipped
+from ziplora.headers import Header, read_header_bytes
+from ziplora.lora import LoRA, Mergers, restyled, scaled, stacked, zipped
 
 MERGERS = "mergers.safetensors"
 UNMERGED = ("direct",)  # whose halves are the LoRAs as they are: it has no mergers and needs none
@@ -37,28 +38,28 @@ def export(
     `sources` are the subject's and the style's LoRA, for the exact way. Raises BadInput when the method mixes the two
     so that no strength can be changed, or the sources are others; Corrupted, FormatError.
     """
-    published = formats.read_lora(_content(store, entry.objects.get(LORA), entry), name=f"{LORA} of {_pair(entry)}")
-    header = dict(published.metadata)
-    rank = _subject_rank(header, published.lora, entry)
-    lora = restyled(published.lora, rank, style_strength) if sources is None else None
-    if sources is not None:
-        subject, style = halves(store, entry, sources)
-        lora = stacked([subject, scaled(style, style_strength)])
-    title = f"{header.get('modelspec.title', _pair(entry))}, style {style_strength:g}"
-    for key in ("modelspec.title", "ss_output_name", "sshs_model_hash", "ss_network_dim", "ss_network_alpha"):
-        header.pop(key, None)
-    header["ziplora.style_strength"] = repr(style_strength)
-    assert lora is not None
-    files = {
-        LORA: formats.write_kohya(
-            lora,
-            metadata=header,
-            architecture=_architecture(entry),
-            title=title,
-            trigger=published.trigger or "",
-            dtype=dtype,
-        )
-    }
+    content, name = _content(store, entry.objects.get(LORA), entry), f"{LORA} of {_pair(entry)}"
+    header = read_header_bytes(content, name)
+    rank = _subject_rank(header, entry)
+    title = f"{header.metadata.get('modelspec.title', _pair(entry))}, style {style_strength:g}"
+    own = {"ziplora.style_strength": repr(style_strength), "modelspec.title": title, "ss_output_name": title}
+    if sources is None and dtype is torch.float16:
+        files = {
+            LORA: formats.restyle_kohya(
+                content, subject_rank=rank, style_strength=style_strength, metadata=own, name=name
+            )
+        }
+    else:
+        if sources is None:
+            lora = restyled(formats.read_lora(content, name=name).lora, rank, style_strength)
+        else:
+            subject, style = halves(store, entry, sources)
+            lora = stacked([subject, scaled(style, style_strength)])
+        kept = {key: value for key, value in header.metadata.items() if not key.startswith("ss_network_")}
+        kept.pop("sshs_model_hash", None)
+        files = {
+            LORA: formats.write_kohya(lora, metadata={**kept, **own}, architecture=_architecture(entry), dtype=dtype)
+        }
     if card := entry.objects.get(CARD):
         files[CARD] = _content(store, card, entry)
     for name, _ in samples(entry, style_strength)[:1]:
@@ -100,11 +101,12 @@ def as_entry(entry: Entry, files: Mapping[str, bytes]) -> Entry:
     return replace(entry, objects={**kept, **made})
 
 
-def _subject_rank(header: Mapping[str, str], lora: LoRA, entry: Entry) -> int:
-    text = header.get("ziplora.subject_rank", "")
+def _subject_rank(header: Header, entry: Entry) -> int:
+    text = header.metadata.get("ziplora.subject_rank", "")
     if not text.isdecimal():
         raise BadInput(f"{_pair(entry)}: its merged LoRA does not say which rows are the style's: merge it again")
-    if int(text) >= max_rank(lora):
+    rank = max((info.shape[0] for key, info in header.tensors.items() if key.endswith(".lora_down.weight")), default=0)
+    if int(text) >= rank:
         raise BadInput(
             f"{_pair(entry)}: {entry.method} leaves the style no rows of its own, so its strength cannot be changed"
             " afterwards: give the style a weight in the manifest and merge again"
