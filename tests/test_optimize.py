@@ -12,11 +12,12 @@ from tests.grid import Grid
 from tests.random_loras import random_lora
 from tests.tiny import tiny_sd15, tiny_sdxl
 from ziplora.base import Base, load_base, resident
-from ziplora.calibrate import Calibration, calibrate, derived_seed, draw
+from ziplora.calibrate import Calibration, calibrate, derived_seed, draw, predictions
+from ziplora.composition import combined_calibrations
 from ziplora.formats import read_lora
-from ziplora.lora import LoRA, delta
+from ziplora.lora import LoRA, Mergers, delta
 from ziplora.merged import Pair
-from ziplora.methods import METHODS, CalibrationSettings, ZipLoRAKnobs
+from ziplora.methods import METHODS, CalibrationSettings, ComposedKnobs, ZipLoRAKnobs
 from ziplora.optimize import Optimization, batch, eq3_losses, similarity_penalty, student_conditioning, ziplora
 
 DOG = [Image.linear_gradient("L"), Image.radial_gradient("L")]
@@ -312,3 +313,118 @@ def test_knobs_are_checked() -> None:
     )
     assert "penalty" in METHODS["ziplora"].knob_names
     assert METHODS["direct"].load().__name__ == "direct"
+
+
+# The combined prompt
+
+
+def with_prompt(pair: Pair) -> Pair:
+    return dataclasses.replace(pair, combined_prompt="a dog in ink")
+
+
+@pytest.mark.parametrize("components", ["targets", "all"])
+def test_combined_targets_are_sums_of_predictions_under_the_combined_prompt(base: Base, components: str) -> None:
+    """Each prediction with its own text encoders; `all` trains them too."""
+    loras = [random_lora(base.slots, seed=seed, components=components, scale=0.05) for seed in (0, 1)]
+    observed = [
+        calibrate(base, lora, prompt, INK, SETTINGS) for lora, prompt in zip(loras, ("dog", "ink"), strict=True)
+    ]
+    pair = with_prompt(Pair(*loras, *observed))  # type: ignore[arg-type]
+    combined, direct = (
+        combined_calibrations(base, [pair], ComposedKnobs(combined_draws=6, combined_target=target))[0]  # type: ignore[arg-type]
+        for target in ("sum", "direct")
+    )
+    index, source = 3, observed[1]  # in turn: the style's second draw comes fourth
+    noisy, at = source.noisy[1:2], source.timesteps[1:2]
+    assert torch.equal(combined.noisy[index : index + 1], noisy)
+    assert combined.timesteps[index] == at[0]
+
+    @torch.no_grad()
+    def predicted(*held: LoRA) -> Tensor:
+        base.slots.load([held or [LoRA({})]])
+        result = base.predict_noise(noisy, at, base.encode_prompts(["a dog in ink"]))
+        base.slots.close()
+        return result
+
+    expected = predicted(loras[0]) + predicted(loras[1]) - predicted()
+    torch.testing.assert_close(combined.target[index : index + 1], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(direct.target[index : index + 1], predicted(*loras), rtol=0, atol=1e-12)
+
+
+def test_composed_pairs_side_by_side_equal_each_alone_and_lower_their_third_term(base: Base) -> None:
+    knobs = ComposedKnobs(steps=6, batch=2, combined_draws=4, penalty_weight=0.01)
+    pairs = [with_prompt(make_pair(base, seed=seed)) for seed in range(2)]
+    together = ziplora(base, pairs, knobs)
+    for pair, mine in zip(pairs, together, strict=True):
+        alone = ziplora(base, [pair], knobs)[0]
+        assert mine.mergers is not None
+        assert alone.mergers is not None
+        for path, merger in alone.mergers.subject.items():
+            torch.testing.assert_close(mine.mergers.subject[path], merger, rtol=0, atol=1e-5)
+        assert mine.report["combined_loss"][1] < mine.report["combined_loss"][0]
+
+
+def test_without_weight_the_combined_term_is_the_paper(base: Base) -> None:
+    pair = make_pair(base)  # which has no combined prompt, and needs none
+    plain = ziplora(base, [pair], ZipLoRAKnobs(steps=3))[0]
+    composed = ziplora(base, [pair], ComposedKnobs(3, 0.01, 0.01, combined_weight=0.0))[0]
+    assert plain.mergers is not None
+    assert composed.mergers is not None
+    assert all(torch.equal(m, composed.mergers.style[path]) for path, m in plain.mergers.style.items())
+    assert plain.report == composed.report
+    with pytest.raises(ValueError, match=r"needs both calibrations and Pair\.combined_prompt"):
+        ziplora(base, [pair], ComposedKnobs(steps=1))
+
+
+def test_pairs_that_share_a_lora_and_a_prompt_share_its_predictions(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(*args: object) -> Tensor:
+        calls.append(1)
+        return predictions(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("ziplora.composition.predictions", counted)
+    one, other = (with_prompt(make_pair(base, seed=seed)) for seed in range(2))
+    same_subject = dataclasses.replace(one, style=other.style, style_calibration=other.style_calibration)
+    combined_calibrations(base, [one], ComposedKnobs(combined_draws=2))
+    assert len(calls) == 6  # on the latents of either, three models
+    combined_calibrations(base, [one, same_subject], ComposedKnobs(combined_draws=2))
+    # of the second pair, the subject and the base on the subject's latents are known
+    assert len(calls) == 6 + 6 + 4
+
+
+# Where mergers start, and what is kept of a forward pass
+
+
+def test_mergers_start_where_they_are_told(base: Base) -> None:
+    pair = make_pair(base, drop=3)
+    given = Mergers(
+        *({path: torch.full_like(layer.down[0], value) for path, layer in lora.layers.items()}
+          for lora, value in ((pair.subject, 0.5), (pair.style, 0.25)))
+    )  # fmt: skip
+    merged = ziplora(base, [pair], ZipLoRAKnobs(steps=1, learning_rate=1e-9))  # from 1
+    told = Optimization(base, [pair], ZipLoRAKnobs(steps=1, learning_rate=1e-9), initial=[given])
+    list(told)
+    mergers = told.merged()[0].mergers
+    assert mergers is not None
+    assert merged[0].mergers is not None
+    for path, m in mergers.subject.items():
+        torch.testing.assert_close(m, given.subject[path], rtol=0, atol=1e-8)
+        torch.testing.assert_close(merged[0].mergers.subject[path], torch.ones_like(m), rtol=0, atol=1e-8)
+    assert mergers.style.keys() == given.style.keys()
+
+
+def test_activation_checkpointing_changes_nothing(base: Base) -> None:
+    pair = make_pair(base)
+    kept = ziplora(base, [pair], ZipLoRAKnobs(steps=3))[0]
+    base.unet.enable_gradient_checkpointing()
+    try:
+        again = ziplora(base, [pair], ZipLoRAKnobs(steps=3))[0]
+    finally:
+        base.unet.disable_gradient_checkpointing()
+    assert kept.mergers is not None
+    assert again.mergers is not None
+    for path, merger in kept.mergers.subject.items():
+        torch.testing.assert_close(again.mergers.subject[path], merger, rtol=0, atol=1e-9)
