@@ -125,7 +125,10 @@ def print_plan(planned: Any) -> None:
 @cli.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True)
-def inspect(file: Path, as_json: bool) -> None:
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Figures of its updates, .png or .svg.")
+@click.option("--beside", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A style, for --plot.")
+@click.option("--mergers", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Of a merge, for --plot.")
+def inspect(file: Path, as_json: bool, plot: Path | None, beside: Path | None, mergers: Path | None) -> None:
     """What a LoRA FILE holds: layout, ranks, alphas, targets, trigger words, and what would be refused."""
     from dataclasses import asdict
 
@@ -157,6 +160,10 @@ def inspect(file: Path, as_json: bool) -> None:
         OUT.print(table)
     if seen.refusals:
         raise LoRAError(f"{seen.name} cannot be merged: {seen.refusals[0]}")
+    if plot is not None:
+        from service.cli_plots import plotted
+
+        plotted(file, plot, beside, mergers)
 
 
 @cli.command()

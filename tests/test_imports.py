@@ -24,9 +24,11 @@ OWNERS = {
         "service/cli_jobs.py",
         "service/cli_options.py",
         "service/cli_pages.py",
+        "service/cli_plots.py",
         "service/cli_train.py",
     },
     "rich": {"service/cli.py", "service/console.py"},
+    "matplotlib": {"ziplora/plots.py"},
     "peft": {"ziplora/sparse_merges.py", "ziplora/train.py"},
     "safetensors": {"ziplora/calibration_files.py", "ziplora/formats.py"},
 }

@@ -34,7 +34,7 @@ def ties(base: Base, pairs: Sequence[Pair], knobs: TiesKnobs) -> list[Merged]:
 
 
 def dare(base: Base, pairs: Sequence[Pair], knobs: DareKnobs) -> list[Merged]:
-    """DARE (arXiv 2311.03099v3, Eq. 1 to 3), per layer: drop each element of ΔW with chance p = 1 − density, rescale
+    """DARE (arXiv 2311.03099v3), per layer: drop each element of ΔW with chance p = 1 − density, rescale
     the rest by 1/(1 − p), so that the expectation stays; then the sum, or TIES' election of signs."""
 
     def halves(path: str, deltas: Deltas) -> Deltas:
@@ -49,7 +49,7 @@ def dare(base: Base, pairs: Sequence[Pair], knobs: DareKnobs) -> list[Merged]:
 
 def prune(base: Base, pairs: Sequence[Pair], knobs: PruneKnobs) -> list[Merged]:
     """ΔW_m = trim(ΔW_c) + trim(ΔW_s): the direct merge of what ZipLoRA's first observation calls enough, the largest
-    elements of each layer (arXiv 2311.13600v2, Sec. 3: the smallest 80 % or 90 % make no difference)."""
+    elements of each layer (arXiv 2311.13600v2: without the smallest 80 % or 90 % the samples are the same)."""
     return [
         _merge(base, pair, lambda _, deltas: [trimmed(one, knobs.density) for one in deltas], knobs.rank)
         for pair in pairs
