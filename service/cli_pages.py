@@ -1,12 +1,15 @@
 """`ziplora index`, `gallery`, `watch`, `study …`: options and what is printed; the work is index.py's, pages.py's, …"""
 
+import json
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from service.cli_options import CATALOG_HELP, open_catalog
 from service.console import OUT, complain, left_out, redrawn, tracked
+from service.errors import NotFound
 
 if TYPE_CHECKING:
     from service.watch import View
@@ -39,11 +42,12 @@ def index(catalog: str, rebuild: bool) -> None:
 )
 def gallery(catalog: str, title: str, manifest: str | None) -> int:
     """Write gallery.html beside CATALOG: a page to look through it, which opens from disk and from S3."""
-    from service.pages import PAGE, Gallery, put_references
+    from service.pages import PAGE, Gallery
+    from service.references import first_pictures, put_references
 
     opened = open_catalog(catalog)
     if manifest is not None:
-        put_references(opened.store, reference_pictures(manifest))
+        put_references(opened.store, first_pictures(manifest))
     made = Gallery(opened, title)
     for _ in tracked(made.steps(), "thumbnails"):
         pass
@@ -55,20 +59,6 @@ def gallery(catalog: str, title: str, manifest: str | None) -> int:
         soft_wrap=True,
     )
     return 1 if written.problems else 0
-
-
-def reference_pictures(manifest: str) -> dict[tuple[str, str], bytes]:
-    """The first reference image of each subject and style that has one, by (role, id)."""
-    from service.manifest import read_manifest
-    from service.storage import split_location
-
-    read = read_manifest(manifest)
-    found: dict[tuple[str, str], bytes] = {}
-    for spec in (*read.subjects, *read.styles):
-        if spec.images:
-            store, key = split_location(spec.images[0])
-            found[spec.role, spec.id] = store.get(key)
-    return found
 
 
 @click.command(epilog=CATALOG_HELP)
@@ -120,4 +110,83 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-COMMANDS = (index, gallery, watch)
+@click.group()
+def study() -> None:
+    """The paper's preference study: which of two pictures best shows the style while keeping the subject."""
+
+
+@study.command(epilog=CATALOG_HELP)
+@click.argument("catalog")
+@click.option("--methods", required=True, help="The first is held against each of the others: ziplora,direct")
+@click.option(
+    "--references",
+    "manifest",
+    metavar="MANIFEST",
+    help="Where the reference pictures are; default: those that `gallery --references` has put into the catalog.",
+)
+@click.option("--name", default="study", show_default=True, help="What the answers are kept under: studies/NAME/")
+@click.option("--questions", default=40, type=click.IntRange(min=1), show_default=True, help="For each participant.")
+@click.option("--seed", default=0, show_default=True, help="Decides who is asked what, and which is left and right.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in.")
+@click.option("--port", default=8400, type=click.IntRange(0, 65535), show_default=True)
+def serve(
+    catalog: str, methods: str, manifest: str | None, name: str, questions: int, seed: int, host: str, port: int
+) -> None:
+    """Ask the people who open the page. Every answer is stored in CATALOG at once; stop and start as you like."""
+    from service.references import reference_bytes
+    from service.study import make_study, open_study
+
+    try:
+        from service import study_server
+    except ModuleNotFoundError as error:
+        raise click.UsageError(f"a study takes {error.name}: pip install 'ziplora[study]'") from error
+    opened = open_catalog(catalog)
+    chosen = [method.strip() for method in methods.split(",") if method.strip()]
+    entries = [entry for method in chosen for entry in opened.select(method=method, unreadable=left_out)]
+    asked = open_study(opened.store, make_study(name, entries, chosen, questions, seed))
+    pictures = reference_bytes(opened.store, asked.questions, entries, manifest)
+    OUT.print(
+        f"study {name}: {len(asked.questions)} questions, {asked.asked} for each participant; open http://{host}:{port}/",
+        soft_wrap=True,
+    )
+    study_server.serve(study_server.make_app(opened.store, asked, pictures, host), host, port)
+
+
+@study.command("report", epilog=CATALOG_HELP)
+@click.argument("catalog")
+@click.option("--name", default="study", show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def study_report(catalog: str, name: str, as_json: bool) -> None:
+    """What the answers say: preference per pair of methods (Wilson's 95 % interval), agreement per participant."""
+    from service.study import read_study, report, responses, study_names
+
+    store = open_catalog(catalog).store
+    try:
+        of = read_study(store, name)
+    except NotFound as error:
+        known = ", ".join(study_names(store)) or "none"
+        raise NotFound(f"{catalog} has no study {name}; it has: {known}") from error
+    told = report(of, responses(store, of))
+    if as_json:
+        click.echo(json.dumps(asdict(told), indent=2))
+        return
+    OUT.print(f"study {name}: {told.left.n} answers of {told.participants} participants")
+    for found in told.preferences:
+        first, second = found.methods
+        OUT.print(
+            f"  {first} preferred over {second}: {found.share:.1%} of {found.n}"
+            f" (95 % interval {found.low:.1%} to {found.high:.1%})",
+            soft_wrap=True,
+        )
+    if told.left.n:
+        OUT.print(f"  left picture chosen: {told.left.share:.1%} ({told.left.low:.1%} to {told.left.high:.1%})")
+    if told.seconds is not None:
+        OUT.print(f"  time for an answer: {told.seconds:.1f} s (median)")
+    for one in told.agreements:
+        others = "no others" if one.with_others is None else f"{one.with_others:.0%} as most others"
+        OUT.print(
+            f"  participant {one.participant[:8]}: {one.n} answers, {one.first:.0%} for the first method, {others}"
+        )
+
+
+COMMANDS = (index, gallery, watch, study)

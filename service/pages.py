@@ -12,7 +12,6 @@ Data is JavaScript, not JSON, because a page opened from disk may load scripts a
 whatever a user wrote: here they are JSON strings, in the page only ever text (no HTML is built from them).
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from service.entry import ALIGNMENTS, Unreadable
 from service.errors import AlreadyCommitted, Unavailable
 from service.index import IndexSummary, read_rows, update_index
+from service.references import stored_references
 from service.steps import Steps, parallel
 from service.storage import Store
-from service.thumbnails import ID_DIGITS, PREFIX, make_thumbnail, thumbnail, thumbnail_key
+from service.thumbnails import ID_DIGITS, PREFIX, make_thumbnail, thumbnail_key
 
 if TYPE_CHECKING:
     from service.catalog import Catalog
@@ -45,7 +45,6 @@ COLUMNS = [
     *("lora_key", "lora_bytes", "preview_key", "created", "objects", "job", "report"),
     *ALIGNMENTS,
 ]
-ID = re.compile(r"[^A-Za-z0-9_-]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,7 @@ class Gallery:
             "subjects": subjects,
             "styles": styles,
             "methods": methods,
-            "references": self._references(),
+            "references": stored_references(self.store),
             "cells": [
                 [
                     row[one["subject"]],
@@ -183,14 +182,6 @@ class Gallery:
             "unreadable": len(summary.unreadable),
             "groups": {name: state for name, (state, _) in sorted(self.cells.items())},
         }
-
-    def _references(self) -> dict[str, str]:
-        """`subject-dog` → key, for those that somebody has put there."""
-        found = (re.fullmatch(r"pages/references/(.+)-[0-9a-f]{12}\.webp", one.key) for one in self._listed())
-        return {match[1]: match[0] for match in found if match}
-
-    def _listed(self) -> Iterator[Any]:
-        return self.store.list("pages/references/")
 
     def _tidy(self, needed: set[str]) -> None:
         now = datetime.now(UTC)
@@ -259,18 +250,6 @@ def variant_names(cells: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], s
             told = ", ".join(f"{name} {_plain(given.get(name))}" for name in differing)
             names[method, text] = f"{method} ({told})" if len(variants) > 1 else method
     return names
-
-
-def put_references(store: Store, pictures: Mapping[tuple[str, str], bytes]) -> None:
-    """Publish one small reference picture per (role, id), for the heads of rows and columns; ValueError."""
-    for (role, id), content in pictures.items():
-        small = thumbnail(content, 512)
-        key = f"pages/references/{reference_name(role, id)}-{hashlib.sha256(small).hexdigest()[:12]}.webp"
-        store.put(key, small, content_type="image/webp")
-
-
-def reference_name(role: str, id: str) -> str:
-    return f"{role}-{ID.sub('_', id)}"
 
 
 def write_static(store: Store, title: str) -> None:

@@ -22,7 +22,7 @@ def thumbnail_key(job_id: str) -> str:
     return f"{PREFIX}{job_id[:ID_DIGITS]}.webp"
 
 
-def thumbnail(content: bytes, side: int = SIDE) -> bytes:
+def thumbnail(content: bytes, side: int = SIDE, quality: int = QUALITY) -> bytes:
     """A WebP of at most side × side pixels; ValueError for what is no picture."""
     try:
         with warnings.catch_warnings():
@@ -36,7 +36,7 @@ def thumbnail(content: bytes, side: int = SIDE) -> bytes:
     crisp = max(picture.size) <= CRISP
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     out = BytesIO()
-    picture.save(out, "WEBP", lossless=crisp, quality=100 if crisp else QUALITY, method=4)
+    picture.save(out, "WEBP", lossless=crisp, quality=100 if crisp else quality, method=4)
     return out.getvalue()
 
 

@@ -28,6 +28,8 @@ OWNERS = {
         "service/cli_train.py",
     },
     "rich": {"service/cli.py", "service/console.py"},
+    "starlette": {"service/study_server.py"},
+    "uvicorn": {"service/study_server.py"},
     "matplotlib": {"ziplora/plots.py"},
     "peft": {"ziplora/sparse_merges.py", "ziplora/train.py"},
     "safetensors": {"ziplora/calibration_files.py", "ziplora/formats.py"},

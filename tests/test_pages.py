@@ -11,7 +11,8 @@ from PIL import Image
 from playwright.sync_api import Browser, expect
 
 from service.catalog import Catalog
-from service.pages import Gallery, put_live, put_references, put_script
+from service.pages import Gallery, put_live, put_script
+from service.references import put_references
 from service.thumbnails import CRISP, SIDE, thumbnail, thumbnail_key
 from tests.browser import page_of
 from tests.commands import wait_until
