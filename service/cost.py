@@ -13,11 +13,14 @@ from math import prod
 from service.jobs import Concept, Job, SampleSettings
 from ziplora.layouts import ModuleKeys, is_target
 from ziplora.methods import METHODS, SELF_IMAGES, SELF_STEPS, CalibrationSettings
+from ziplora.module_names import input_of
 
 TOKENS = 77  # CLIP's prompt length
 DEVICE_FLOPS = 0.4 * 989e12  # 40 % of an H100's dense bf16 rate, as reached by diffusion models in practice
 DEVICE = "one H100 at 40 % of its bf16 rate"
 BACKWARD = 2.18  # merged forward and backward to the mergers only, in base forwards: 14.73 / 6.76 TFLOP at 1024²
+SOLVER_FLOPS = 10e12  # factorising in fp32, without its tensor cores
+WEIGHT_CALLS = 8 * 3.2  # UNet calls' worth of ziplora.calibrate.WEIGHT_ROWS forward and backward passes
 SELF_CALLS = SELF_IMAGES * SELF_STEPS * 2  # UNet calls where a LoRA has no images: with and without the prompt
 HEADER_BYTES = 140  # of a safetensors header per tensor: its name, shape and offsets
 PNG_BYTES_PER_PIXEL = 1.6  # sampled photographs; drawings take less
@@ -99,8 +102,7 @@ def sample_bytes(samples: SampleSettings) -> int:
 
 def forward_flop(shapes: Shapes, height: int, width: int) -> float:
     """Floating-point operations of one UNet call on one latent. `shapes`: canonical path → weight shape."""
-    levels = 1 + max(int(number) for path in shapes for number in re.findall(r"^unet\.down_blocks\.(\d+)\.", path))
-    total = 0.0
+    levels, total = _levels(shapes), 0.0
     for path, shape in shapes.items():
         if not path.startswith("unet."):
             continue
@@ -110,6 +112,30 @@ def forward_flop(shapes: Shapes, height: int, width: int) -> float:
             total += 4.0 * positions * (positions if "attn1" in path else TOKENS) * shape[0]
         total += 2.0 * prod(shape) * _applied_to(path, positions)
     return total
+
+
+def _levels(shapes: Shapes) -> int:
+    return 1 + max(int(number) for path in shapes for number in re.findall(r"^unet\.down_blocks\.(\d+)\.", path))
+
+
+def moments_flop(shapes: Shapes, height: int, width: int) -> float:
+    """Operations of recording x·xᵀ of every distinct input of the merge targets in one UNet call: 2·n·in² for n
+    positions, at half of the rate of other operations."""
+    levels = _levels(shapes)
+    inputs = {input_of(path): path for path in shapes if is_target(path)}
+    return sum(
+        2 * 2.0 * shapes[path][1] ** 2 * _applied_to(path, (height * width) // 4 ** _level(path, levels))
+        for path in inputs.values()
+    )
+
+
+def solver_flop(shapes: Shapes, solver: str | None) -> float:
+    """Operations of a pair's closed form, nearly all in Cholesky factors, k³/3: of both LoRAs' columns together for
+    each target, or of each distinct input."""
+    targets = {path: shape[1] for path, shape in shapes.items() if is_target(path)}
+    if solver == "column":
+        return sum((2 * width) ** 3 / 3 for width in targets.values())
+    return sum(width**3 / 3 for width in {input_of(p): w for p, w in targets.items()}.values()) if solver else 0.0
 
 
 def _level(path: str, levels: int) -> int:
@@ -139,29 +165,45 @@ def time_of(jobs: Iterable[Job], shapes: Shapes, default_size: int, factor: int)
     def flop(width: int, height: int) -> float:
         return forward_flop(shapes, height // factor, width // factor)
 
+    @cache
+    def observing(settings: CalibrationSettings, own_images: bool) -> float:
+        side = settings.size or default_size
+        call = flop(side, side)
+        total = settings.draws * call + (0.0 if own_images else SELF_CALLS * call)
+        if settings.moments != "none":
+            total += settings.draws * moments_flop(shapes, side // factor, side // factor)
+        return total + (WEIGHT_CALLS * call if settings.moments == "inputs+outputs" else 0.0)
+
     observed: dict[tuple[Concept, CalibrationSettings], float] = {}
-    settings_of: dict[tuple[str, int, int], CalibrationSettings | None] = {}  # jobs of one merge share their knobs
+    merging: dict[tuple[str, int, int], tuple[CalibrationSettings | None, float]] = {}  # jobs of a merge share knobs
     merge = sample = 0.0
     for job in jobs:
         key = (job.method, id(job.knobs), job.seed)
-        if key not in settings_of:
-            settings_of[key] = calibration_of(job)
-        settings = settings_of[key]
+        if key not in merging:
+            settings = calibration_of(job)
+            side = (settings and settings.size) or default_size
+            merging[key] = settings, _merge_s(job, flop(side, side), shapes)
+        settings, merge_s = merging[key]
+        merge += merge_s
         if settings:
-            side = settings.size or default_size
             for concept in (job.subject, job.style):
-                own = 0.0 if concept.images else SELF_CALLS * flop(side, side)
-                observed[concept, settings] = settings.draws * flop(side, side) + own
-            updates = int(job.knobs.get("steps", 0)) * int(job.knobs.get("batch", 1))
-            merge += 2 * updates * BACKWARD * flop(side, side)
+                observed[concept, settings] = observing(settings, bool(concept.images))
         calls = job.samples.steps * (2 if job.samples.guidance > 1 else 1)
         sample += job.samples.n_images * calls * flop(job.samples.width, job.samples.height)
     return Duration(
         sum(observed.values()) / DEVICE_FLOPS,
-        merge / DEVICE_FLOPS,
+        merge,
         sample / DEVICE_FLOPS,
         f"a guess from operation counts, on {DEVICE}, without loading and uploading",
     )
+
+
+def _merge_s(job: Job, call: float, shapes: Shapes) -> float:
+    """Seconds of one pair's merge; `call` in operations of a UNet call at its size."""
+    method = METHODS[job.method]
+    passes = method.passes(method.knobs(**job.knobs))
+    model = (passes.backward * BACKWARD + passes.forward) * call
+    return model / DEVICE_FLOPS + solver_flop(shapes, method.solver) / SOLVER_FLOPS
 
 
 def time_from(stages: Sequence[Mapping[str, float]], n_jobs: int) -> Duration:

@@ -14,7 +14,8 @@ from ziplora.calibrate import Calibration, calibrate, predictions
 from ziplora.calibration_files import calibration_key, read_calibration, write_calibration
 from ziplora.errors import FormatError
 from ziplora.methods import CalibrationSettings
-from ziplora.moments import CONTEXT, STORED_SHARE, compact, input_of, output_weights, readers, restored
+from ziplora.module_names import CONTEXT, input_of
+from ziplora.moments import STORED_SHARE, compact, output_weights, readers, restored
 
 PICTURES = [Image.linear_gradient("L"), Image.radial_gradient("L")]
 SETTINGS = CalibrationSettings(draws=6, seed=0, noise="separate", size=32, moments="inputs+outputs")
@@ -131,14 +132,14 @@ def test_compact_moments_keep_within_their_bytes_and_keep_what_counts() -> None:
     stored = compact(moments)
     assert sum(factor.numel() for factor, _, _ in stored.values()) <= STORED_SHARE * 3 * 64**2
     for name, moment in moments.items():
-        again = restored(*stored[name])
+        again = restored(stored[name])
         assert torch.linalg.eigvalsh(again.double())[0] > -1e-6
         torch.testing.assert_close(again.diagonal(), moment.diagonal(), rtol=2e-3, atol=1e-6)
         if name != "flat":
             assert (again - moment).norm() < 0.06 * moment.norm(), name
     assert compact({}) == {}
     for nothing in (torch.zeros(8, 8), torch.eye(8)[:1].T @ torch.eye(8)[:1]):
-        torch.testing.assert_close(restored(*compact({"x": nothing})["x"]), nothing, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(restored(compact({"x": nothing})["x"]), nothing, rtol=1e-3, atol=1e-6)
 
 
 def test_the_target_of_256_mb_at_the_size_of_sdxl() -> None:

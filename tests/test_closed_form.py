@@ -21,7 +21,7 @@ from ziplora.formats import read_lora
 from ziplora.lora import Layer, LoRA, Mergers, concat, delta, select
 from ziplora.merged import Pair
 from ziplora.methods import METHODS, CalibrationSettings, ClosedKnobs, MatrixKnobs, RefinedKnobs, ZipLoRAKnobs
-from ziplora.moments import input_of
+from ziplora.module_names import input_of
 from ziplora.optimize import Optimization, batch, eq3_losses
 from ziplora.refine import _to_loss, ziplora_refined
 from ziplora.slots import Slots

@@ -5,7 +5,18 @@ from math import prod
 import pytest
 import torch
 
-from service.cost import HEADER_BYTES, Bytes, bytes_of, forward_flop, merged_bytes, merger_bytes, time_from, time_of
+from service.cost import (
+    HEADER_BYTES,
+    Bytes,
+    bytes_of,
+    forward_flop,
+    merged_bytes,
+    merger_bytes,
+    moments_flop,
+    solver_flop,
+    time_from,
+    time_of,
+)
 from service.jobs import BaseRef, Concept, ImageRef, Job, SamplePrompt, SampleSettings
 from tests.lora_files import lora_file, random_lora, shapes_of
 from tests.tiny import tiny_sdxl
@@ -65,6 +76,28 @@ def test_direct_merge_takes_no_calibration(sdxl_shapes):
     duration = time_of([job(method="direct", knobs={})], sdxl_shapes, 1024, 8)
     assert (duration.calibrate_s, duration.merge_s) == (0, 0)
     assert duration.sample_s > 0
+
+
+def test_closed_forms_cost_recordings_and_a_little_algebra(sdxl_shapes):
+    """5 TFLOP of Cholesky factors for columns, 0.2 for matrices; the moments add a seventh to a recorded call, at half
+    the rate."""
+    assert solver_flop(sdxl_shapes, "column") == pytest.approx(5.3e12, rel=0.05)
+    assert solver_flop(sdxl_shapes, "matrix") == pytest.approx(0.17e12, rel=0.05)
+    assert moments_flop(sdxl_shapes, 128, 128) == pytest.approx(2 * 0.93e12, rel=0.05)
+    closed = time_of([job(method="ziplora-closed", knobs={})], sdxl_shapes, 1024, 8)
+    assert closed.merge_s == pytest.approx(0.53, rel=0.05)
+    assert closed.calibrate_s == pytest.approx(2 * 32 * (6.76e12 + 1.86e12) / (0.4 * 989e12), rel=0.01)
+    matrix = time_of([job(method="ziplora-matrix", knobs={})], sdxl_shapes, 1024, 8)
+    assert matrix.merge_s < 0.02
+    assert matrix.calibrate_s > closed.calibrate_s  # the outputs' weights
+
+
+def test_refinement_and_the_combined_term_cost_passes(sdxl_shapes):
+    published = time_of([job(knobs=ziplora_knobs())], sdxl_shapes, 1024, 8).merge_s
+    refined = time_of([job(method="ziplora-refined", knobs={"steps": 10, "batch": 2})], sdxl_shapes, 1024, 8).merge_s
+    assert refined == pytest.approx(published / 5 + 0.53, rel=0.02)
+    composed = time_of([job(method="ziplora-composed", knobs={})], sdxl_shapes, 1024, 8).merge_s
+    assert composed == pytest.approx(1.5 * published + 96 * 6.76e12 / (0.4 * 989e12), rel=5e-3)
 
 
 def test_time_from_finished_entries():

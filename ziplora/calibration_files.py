@@ -96,4 +96,7 @@ def read_calibration(content: bytes, base: Base, name: str = "calibration") -> C
 
 def _moments(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     names = [key.removeprefix("moments.").removesuffix(".factor") for key in tensors if key.endswith(".factor")]
-    return {name: restored(*(tensors[f"moments.{name}.{part}"] for part in PARTS), dtype) for name in names}
+    factor, rest, scale = ([tensors[f"moments.{name}.{part}"] for name in names] for part in PARTS)
+    return {
+        name: restored(stored, dtype) for name, stored in zip(names, zip(factor, rest, scale, strict=True), strict=True)
+    }

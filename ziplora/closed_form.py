@@ -24,7 +24,8 @@ from ziplora.calibrate import Calibration
 from ziplora.lora import Layer, LoRA, Mergers, zipped
 from ziplora.merged import Merged, Pair
 from ziplora.methods import ClosedKnobs, MatrixKnobs
-from ziplora.moments import accumulator, input_of, readers
+from ziplora.module_names import input_of
+from ziplora.moments import accumulator, readers
 
 SYSTEM_BYTES = 2**30  # of systems that are solved in one batch
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-9}  # largest that a solution may leave, as a share of the right side
@@ -155,7 +156,10 @@ def column_solution(
     base: Base, pair: Pair, ridge: float, weighted: bool = False, keep_factors: bool = False
 ) -> ColumnSolution:
     """`column_mergers` of every target that a LoRA of the pair has. Kept factors take 19 GB of fp32 for SDXL."""
-    subject, style, factors, n_hard = {}, {}, {}, 0
+    subject: dict[str, Tensor] = {}
+    style: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
+    n_hard = 0
     for paths in _batches(base, pair):
         down, gram = _layers(base, pair, paths)
         moments, weights = _observed(base, pair, paths, weighted)
@@ -195,11 +199,15 @@ def _touched(base: Base, pair: Pair) -> list[str]:
     return [path for path in base.slots.targets if path in pair.subject.layers or path in pair.style.layers]
 
 
+def _width(base: Base, path: str) -> int:
+    return base.slots.layers[path].weight.shape[1]
+
+
 def _batches(base: Base, pair: Pair) -> Iterator[list[str]]:
     """Layers of one width, as many as `SYSTEM_BYTES` of column systems hold."""
     by_width: dict[int, list[str]] = {}
     for path in _touched(base, pair):
-        by_width.setdefault(base.slots.targets[path], []).append(path)
+        by_width.setdefault(_width(base, path), []).append(path)
     for width, paths in by_width.items():
         # four products of both LoRAs, the system, its factor, the moments: 14 squares of the width
         size = max(1, SYSTEM_BYTES // (14 * width**2 * accumulator(base.dtype).itemsize))
@@ -210,7 +218,7 @@ def _input_batches(base: Base, pair: Pair) -> Iterator[list[list[str]]]:
     """Distinct inputs of one width that equally many layers read."""
     alike: dict[tuple[int, int], list[list[str]]] = {}
     for layers in readers(_touched(base, pair)).values():
-        alike.setdefault((base.slots.targets[layers[0]], len(layers)), []).append(layers)
+        alike.setdefault((_width(base, layers[0]), len(layers)), []).append(layers)
     for (width, _), inputs in alike.items():
         size = max(1, SYSTEM_BYTES // (6 * width**2 * accumulator(base.dtype).itemsize))
         yield from (inputs[i : i + size] for i in range(0, len(inputs), size))
@@ -218,14 +226,14 @@ def _input_batches(base: Base, pair: Pair) -> Iterator[list[list[str]]]:
 
 def _layers(base: Base, pair: Pair, paths: Collection[str]) -> tuple[Tensor, Tensor]:
     """`down` [layers, 2, rank, in] and `gram` [layers, 2·rank, 2·rank]; zero rows where a LoRA has less rank."""
-    options = {"device": base.device, "dtype": accumulator(base.dtype)}
+    device, dtype = base.device, accumulator(base.dtype)
     found = [[lora.layers.get(path) for lora in (pair.subject, pair.style)] for path in paths]
     rank = max(layer.rank for row in found for layer in row if layer is not None)
-    down = torch.zeros(len(found), 2, rank, base.slots.targets[next(iter(paths))], **options)  # type: ignore[call-overload]
-    gram = torch.zeros(len(found), 2 * rank, 2 * rank, **options)  # type: ignore[call-overload]
+    down = torch.zeros(len(found), 2, rank, _width(base, next(iter(paths))), device=device, dtype=dtype)
+    gram = torch.zeros(len(found), 2 * rank, 2 * rank, device=device, dtype=dtype)
     for i, row in enumerate(found):
         out = next(layer.up.shape[0] for layer in row if layer is not None)
-        up = torch.zeros(out, 2 * rank, **options)  # type: ignore[call-overload]
+        up = torch.zeros(out, 2 * rank, device=device, dtype=dtype)
         for part, layer in enumerate(row):
             if layer is not None:
                 down[i, part, : layer.rank] = layer.down.flatten(1).to(down)
@@ -236,9 +244,9 @@ def _layers(base: Base, pair: Pair, paths: Collection[str]) -> tuple[Tensor, Ten
 
 def _observed(base: Base, pair: Pair, paths: Collection[str], weighted: bool) -> tuple[Tensor, Tensor]:
     """`moments` [layers, 2, in, in] and `weights` [layers, 2]."""
-    options = {"device": base.device, "dtype": accumulator(base.dtype)}
+    device, dtype = base.device, accumulator(base.dtype)
     recorded = [_moments(calibration) for calibration in _calibrations(pair)]
-    moments = torch.stack([torch.stack([one[input_of(path)].to(**options) for one in recorded]) for path in paths])  # type: ignore[arg-type]
+    moments = torch.stack([torch.stack([one[input_of(path)].to(device, dtype) for one in recorded]) for path in paths])
     weights = _observed_weights(base, pair, paths) if weighted else moments.new_ones(len(moments), 2)
     return moments, weights
 

@@ -87,6 +87,21 @@ def is_target(path: str) -> bool:
     return _TARGET.fullmatch(path) is not None
 
 
+CONTEXT = "unet.context"  # the encoded prompt
+
+
+def input_of(path: str) -> str:
+    """Names what the merge target at `path` reads; layers with the same name here read the very same tensor.
+
+    q, k and v of a self-attention share one, k and v of all cross-attentions another: SDXL's 560 targets have 281.
+    """
+    if path.endswith((".attn2.to_k", ".attn2.to_v")):
+        return CONTEXT
+    if path.endswith((".attn1.to_q", ".attn1.to_k", ".attn1.to_v")):
+        return path.rpartition(".")[0]
+    return path
+
+
 def component(path: str) -> str:
     """`unet`, `text_encoder` or `text_encoder_2`."""
     return path.partition(".")[0]

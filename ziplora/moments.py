@@ -13,21 +13,8 @@ import torch
 from torch import Tensor
 
 from ziplora.base import Base, Conditioning
+from ziplora.module_names import input_of
 from ziplora.slots import Slots
-
-CONTEXT = "unet.context"  # the encoded prompt: what k and v of every cross-attention read
-
-
-def input_of(path: str) -> str:
-    """Names what the merge target at `path` reads; layers with the same name read the very same tensor.
-
-    q, k and v of a self-attention share one, k and v of all cross-attentions another: SDXL's 560 targets have 281.
-    """
-    if path.endswith((".attn2.to_k", ".attn2.to_v")):
-        return CONTEXT
-    if path.endswith((".attn1.to_q", ".attn1.to_k", ".attn1.to_v")):
-        return path.rpartition(".")[0]
-    return path
 
 
 def readers(targets: Collection[str]) -> dict[str, list[str]]:
@@ -41,7 +28,8 @@ def readers(targets: Collection[str]) -> dict[str, list[str]]:
 @contextmanager
 def recorded(slots: Slots) -> Iterator[dict[str, Tensor]]:
     """Within the block every forward pass is observed; after it the mapping holds E[x xᵀ], [in, in], by name of the
-    input. Means over batch rows and positions, summed in fp32 (fp64 if the layers are fp64)."""
+    input. Means over batch rows and positions, summed in fp32 (fp64 if the layers are fp64). A GPU multiplies inputs of
+    half precision as TF32, which has room for all of their digits."""
     moments: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -59,9 +47,14 @@ def recorded(slots: Slots) -> Iterator[dict[str, Tensor]]:
     hooks = [
         slots.layers[paths[0]].register_forward_pre_hook(watch(name)) for name, paths in readers(slots.targets).items()
     ]
+    multiplication = torch.backends.cuda.matmul
+    before = multiplication.allow_tf32
+    halves = next(iter(slots.layers.values())).weight.dtype in (torch.bfloat16, torch.float16)
+    multiplication.allow_tf32 = before or halves
     try:
         yield moments
     finally:
+        multiplication.allow_tf32 = before
         for hook in hooks:
             hook.remove()
         for name, moment in moments.items():
@@ -186,8 +179,9 @@ def _threshold(shares: Mapping[str, Tensor], widths: Mapping[str, int]) -> float
     return float(values[order[over[0, 0]]]) if len(over) else 0.0
 
 
-def restored(factor: Tensor, rest: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The [in, in] that `compact` stands for."""
+def restored(stored: Compact, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The [in, in] that one value of `compact` stands for."""
+    factor, rest, scale = stored
     wide = factor.to(dtype)
     return (wide @ wide.mT) * scale.to(dtype) + torch.diag(rest.to(dtype))
 
