@@ -89,6 +89,10 @@ def start_ray(i: int, root: Path, temporary: str) -> subprocess.Popen[bytes]:
     return inside(i, [ray, "start", *own, *common], root / f"ray{i}.log")
 
 
+def runs(root: Path, i: int) -> bool:
+    return "Ray runtime started" in (root / f"ray{i}.log").read_text()
+
+
 def end(processes: list[subprocess.Popen[bytes]]) -> None:
     """Each with all that it started."""
     family = [child for one in processes if one.poll() is None for child in psutil.Process(one.pid).children(True)]
@@ -119,9 +123,9 @@ def main() -> None:
         jobs = planned.jobs
         try:
             processes.append(start_ray(0, root, temporary))
-            time.sleep(8)
+            wait_until(lambda: runs(root, 0))
             processes += [start_ray(i, root, temporary) for i in range(1, NODES)]
-            time.sleep(5)
+            wait_until(lambda: all(runs(root, i) for i in range(NODES)))
             order = (f"{NET}.1:{PORT}", jobs, settings, Script({}, root / "counts", pause_s=0.25), NODES - 1)
             (root / "run.order").write_bytes(pickle.dumps(order))
             command = [sys.executable, "-m", "tests.bench.faults", "--drive", root / "run"]
