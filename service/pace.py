@@ -4,7 +4,7 @@ worker is taken for hung, and the estimate of the end. No clock: seconds come wi
 from collections.abc import Collection, Mapping
 
 PRIOR_WEIGHT = 1.0  # in jobs: operation counts are right within a factor, one finished job is better
-MEMORY = 200.0  # jobs; older ones fade, since the first of a run calibrate more than the later ones
+MEMORY = 20.0  # jobs; older ones fade, since the first of a run calibrate more than the later ones
 WORKER_MEMORY = 5.0  # jobs by which a worker's own speed is judged
 OVERLAPPED = frozenset({"commit"})  # stages that run behind the next job's
 HUNG = 20.0  # times what it should take: a straggler is slow, not hung

@@ -224,6 +224,7 @@ def store_down(scene: Scene) -> dict[str, object]:
         os.environ.update(node.environment)
         boto3.client("s3", endpoint_url=node.endpoint).create_bucket(Bucket="faults")
         scene.settings = replace(scene.settings, catalog="s3://faults/catalog")
+        scene.script = replace(scene.script, pause_s=0.0)
 
         def act() -> None:
             scene.committed(0.3)
