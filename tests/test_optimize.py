@@ -351,6 +351,16 @@ def test_combined_targets_are_sums_of_predictions_under_the_combined_prompt(base
     torch.testing.assert_close(direct.target[index : index + 1], predicted(*loras), rtol=0, atol=1e-12)
 
 
+def test_each_calibration_goes_round_by_itself(base: Base) -> None:
+    pair = make_pair(base)
+    known = [pair.subject_calibration, pair.style_calibration, pair.subject_calibration]
+    _, timesteps, _ = batch([known], 2, 2, draws=3)
+    subject, style, combined = (timesteps_of(calibration) for calibration in known)
+    assert timesteps[0].tolist() == [
+        [subject[1], subject[2]], [style[1], style[2]], [combined[0], combined[1]]
+    ]  # fmt: skip
+
+
 def test_composed_pairs_side_by_side_equal_each_alone_and_lower_their_third_term(base: Base) -> None:
     knobs = ComposedKnobs(steps=6, batch=2, combined_draws=4, penalty_weight=0.01)
     pairs = [with_prompt(make_pair(base, seed=seed)) for seed in range(2)]

@@ -237,15 +237,16 @@ def _conditioning(base: Base, pairs: Sequence[Pair], calibrations: Calibrations)
 
 def batch(calibrations: Calibrations, step: int, rows: int, draws: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Step `step`'s draws of every pair: noisy [merges, 2, rows, c, h, w] (3 with a combined term), timesteps
-    [merges, 2, rows], target like noisy. Only the first `draws` of each calibration are used, if given."""
+    [merges, 2, rows], target like noisy. Only the first `draws` of both LoRAs' calibrations are used, if given."""
 
-    def pick(calibration: Calibration | None) -> tuple[Tensor, Tensor, Tensor]:
+    def pick(part: int, calibration: Calibration | None) -> tuple[Tensor, Tensor, Tensor]:
         assert calibration is not None
         known = len(calibration.timesteps)
-        index = torch.arange(step * rows, (step + 1) * rows) % (known if draws is None else min(draws, known))
+        used = known if draws is None or part == 2 else min(draws, known)
+        index = torch.arange(step * rows, (step + 1) * rows) % used
         return calibration.noisy[index], calibration.timesteps[index], calibration.target[index]
 
-    picked = [[pick(calibration) for calibration in parts] for parts in calibrations]
+    picked = [[pick(*numbered) for numbered in enumerate(parts)] for parts in calibrations]
     noisy, timesteps, target = (
         torch.stack([torch.stack([one[i] for one in parts]) for parts in picked]) for i in range(3)
     )
