@@ -7,7 +7,7 @@ DEST ?= demo
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-care bench-resume bench-simulation bench-chaos bench-faults bench-cut-off bench-no-op bench-overlap bench-scrape check-alerts clean
+.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-care bench-inside bench-resume bench-simulation bench-chaos bench-faults bench-cut-off bench-no-op bench-overlap bench-scrape check-alerts clean
 
 venv: $(VENV)/.ready
 
@@ -49,6 +49,10 @@ bench-sample: venv
 # every method over the pocket world's grid; what was measured before is kept in build/quality and not measured again
 bench-quality: venv
 	$(BIN)/python -m tests.bench.quality
+
+# what LoRAs look like inside, and what the training-free merges leave out
+bench-inside: venv
+	$(BIN)/python -m tests.bench.inside
 
 # pulls that are killed, garbage collected under a batch, one flipped bit
 bench-care: venv swift
