@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,10 @@ from tests.bench.measuring import (
 from tests.bench.models import random_lora, random_pipeline
 from tests.bench.true_flops import true_size_flops
 from ziplora.base import resident
-from ziplora.calibrate import Calibration, calibrate
+from ziplora.calibrate import WEIGHT_ROWS, Calibration, calibrate, predictions
 from ziplora.merged import Pair
 from ziplora.methods import METHODS, CalibrationSettings, Method, ZipLoRAKnobs
+from ziplora.moments import recorded
 from ziplora.optimize import Optimization
 
 STAGES = ("rates", "flops", "steps", "k", "memory", "methods", "grid", "endurance")
@@ -92,19 +93,6 @@ class Bench:
 
     def seconds(self, work: Callable[[], object]) -> float:
         return seconds(work, self.device)
-
-    def timed(self, work: Callable[[], object]) -> tuple[float, int]:
-        """Seconds and FLOPs of one run; on a GPU of two, as counting would slow the launching of kernels."""
-        counted = 0
-
-        def both() -> None:
-            nonlocal counted
-            counted = flops(work)
-
-        if self.device == "cuda":
-            both()
-            return self.seconds(work), counted
-        return self.seconds(both), counted
 
 
 def measure_rates(bench: Bench) -> dict[str, Any]:
@@ -248,39 +236,64 @@ def measure_calibration(bench: Bench, settings: CalibrationSettings) -> dict[str
     if bench.options.full:
         few, more = bench.settings(1, settings.moments), bench.settings(settings.draws, settings.moments)
     with PeakMemory(bench.device) as memory:
-        found = [bench.timed(lambda one=one: bench.calibration(1, one)) for one in (few, more)]
-    (few_s, few_flop), (more_s, more_flop) = found
+        few_s, more_s = (bench.seconds(lambda one=one: bench.calibration(1, one)) for one in (few, more))
     further = (settings.draws - more.draws) / (more.draws - few.draws)
     return {
         "draws": settings.draws,
         "moments": settings.moments,
         "seconds": more_s + (more_s - few_s) * further,
-        "measured": {str(one.draws): one_s for one, (one_s, _) in zip((few, more), found, strict=True)},
-        "flop": int(more_flop + (more_flop - few_flop) * further),
+        "measured": {str(few.draws): few_s, str(more.draws): more_s},
+        "flop": calibration_flops(bench, settings),
         "peak_bytes_over_base": memory.bytes,
     }
 
 
-def measure_method(bench: Bench, method: Method, cost_of: dict[str, float]) -> dict[str, Any]:
+def calibration_flops(bench: Bench, settings: CalibrationSettings) -> int:
+    """A draw costs a prediction, observed if moments are recorded; the first WEIGHT_ROWS also a backward pass if
+    outputs are weighed."""
+    base = bench.base
+    one, two = (flops(lambda n=n: bench.calibration(0, bench.settings(n, settings.moments))) for n in (1, 2))
+    seen = bench.calibration(0, bench.settings(1))
+
+    def observe() -> None:
+        with recorded(base.slots) if settings.moments != "none" else nullcontext():
+            predictions(base, seen.noisy, seen.timesteps, seen.conditioning)
+
+    with base.slots.loaded([[bench.loras[0]]]):
+        draw = flops(observe)
+    return one + (settings.draws - 1) * draw + (min(settings.draws, WEIGHT_ROWS) - 1) * (two - one - draw)
+
+
+def measure_method(bench: Bench, method: Method, cost_of: dict[str, float], closed_flop: int) -> dict[str, Any]:
     """Seconds per pair, one pair at a time."""
     knobs: Any = method.knobs()
     observe, merge = method.calibration(knobs, 0), method.load()
     run = knobs if bench.options.full else reduced(knobs)
     pair = bench.pair(observe.moments if observe else None)
+    counted = 0
+
+    def once() -> None:
+        merge(bench.base, [pair], run)
+
+    def counting() -> None:
+        nonlocal counted
+        counted = flops(once)
+
+    passes, of_run = method.passes(knobs), method.passes(run)
+    steps = bool(passes.backward or passes.forward)
     with PeakMemory(bench.device) as memory:
-        found = [bench.timed(lambda: merge(bench.base, [pair], run)) for _ in range(bench.options.repeats)]
+        # counting slows the launching of many small operations, so steps are counted by the pass
+        found = [bench.seconds(once if steps or i else counting) for i in range(bench.options.repeats)]
     bench.base.slots.unload()
-    missing = {
-        name: getattr(method.passes(knobs), name) - getattr(method.passes(run), name)
-        for name in ("backward", "forward")
-    }
-    completed_s = sum(cost_of[name] * n for name, n in missing.items())
-    completed_flop = sum(cost_of[f"{name}_flop"] * n for name, n in missing.items())
+    missing = {name: getattr(passes, name) - getattr(of_run, name) for name in ("backward", "forward")}
+    if steps:
+        of_passes = sum(cost_of[f"{name}_flop"] * getattr(passes, name) for name in ("backward", "forward"))
+        counted = int(of_passes) + (closed_flop if method.solver == "column" else 0)
     return {
-        "seconds": statistics.median(one_s for one_s, _ in found) + completed_s,
-        "measured_seconds": [one_s for one_s, _ in found],
+        "seconds": min(found) + sum(cost_of[name] * n for name, n in missing.items()),
+        "measured_seconds": found,
         "completed": {name: {"passes": n, "seconds": cost_of[name]} for name, n in missing.items() if n},
-        "flop": int(found[0][1] + completed_flop),
+        "flop": counted,
         "peak_bytes_over_base": memory.bytes,
     }
 
@@ -306,7 +319,7 @@ def measure_methods(bench: Bench, names: list[str], results: Results) -> None:
 
         def measured(method: Method = method) -> dict[str, Any]:
             try:
-                return measure_method(bench, method, cost_of)
+                return measure_method(bench, method, cost_of, stages.get("merge: ziplora-closed", {}).get("flop", 0))
             except torch.OutOfMemoryError:
                 bench.base.slots.unload()
                 return {"out_of_memory": True}
