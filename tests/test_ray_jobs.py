@@ -10,7 +10,7 @@ import pytest
 from service.catalog import Catalog
 from service.errors import AccessDenied, BadInput, NotFound
 from service.parcel import run_name
-from service.ray_jobs import JobServer, NoJobServer
+from service.ray_jobs import JobServer, NoJobServer, Submission
 from tests.commands import wait_until, ziplora
 from tests.conftest import Swift
 from tests.grid import Grid
@@ -54,30 +54,32 @@ def test_what_waits_or_runs_is_not_started_twice_even_by_two_at_once(server: Job
     assert server.stop(f"{name}-1").state == "STOPPED"
 
 
-def test_a_stopped_run_has_time_to_end_and_is_followed_by_the_next(server: JobServer) -> None:
-    first, _ = server.submit(
-        "trap 'sleep 4; echo ended well; exit' TERM; echo begun; sleep 60 & wait", manifest_digest="stopped", **ABOUT
-    )
+def test_what_was_stopped_or_failed_is_followed_by_the_next_and_what_succeeded_only_if_asked_for(
+    server: JobServer,
+) -> None:
+    def submit(command: str, again: bool = False) -> Submission | None:
+        submission, is_new = server.submit(command, manifest_digest="outcomes", again=again, **ABOUT)
+        return submission if is_new else None
+
+    first = submit("trap 'sleep 4; echo ended well; exit' TERM; echo begun; sleep 60 & wait")
+    assert first is not None
     wait_until(lambda: "begun" in server.logs(first.id).splitlines())
-    stopped = server.stop(first.id)
-    assert stopped.state == "STOPPED"
-    assert "ended well" in server.logs(first.id)
-    second, is_new = server.submit("echo again", manifest_digest="stopped", **ABOUT)
-    assert is_new
-    assert second.number == 2
-    assert "again" in "".join(server.follow(second.id))
-    assert (second.catalog, second.manifest, second.manifest_digest) == ("/shared/catalog", "grid.yaml", "stopped")
-
-
-def test_what_succeeded_is_not_repeated_unless_asked_for_and_what_failed_is(server: JobServer) -> None:
-    failed, _ = server.submit("echo oh no; exit 3", manifest_digest="outcome", **ABOUT)
-    wait_until(lambda: server.submission(failed.id).has_ended)
-    assert (server.submission(failed.id).state, server.submission(failed.id).exit_code) == ("FAILED", 3)
-    done, is_new = server.submit("true", manifest_digest="outcome", **ABOUT)
-    assert (done.number, is_new) == (2, True)
-    wait_until(lambda: server.submission(done.id).state == "SUCCEEDED")
-    assert server.submit("true", manifest_digest="outcome", **ABOUT)[1] is False
-    assert server.submit("true", manifest_digest="outcome", again=True, **ABOUT)[1] is True
+    assert server.stop(first.id).state == "STOPPED"
+    assert "ended well" in server.logs(first.id)  # Ray's own 3 s would have cut it off
+    second = submit("echo oh no; exit 3")
+    assert second is not None
+    assert "oh no" in "".join(server.follow(second.id))
+    wait_until(lambda: server.submission(second.id).has_ended)
+    now = server.submission(second.id)
+    assert (now.state, now.exit_code, now.number) == ("FAILED", 3, 2)
+    assert (now.catalog, now.manifest, now.manifest_digest) == ("/shared/catalog", "grid.yaml", "outcomes")
+    third = submit("true")
+    assert third is not None
+    wait_until(lambda: server.submission(third.id).state == "SUCCEEDED")
+    assert submit("true") is None
+    fourth = submit("true", again=True)
+    assert fourth is not None
+    assert fourth.number == 4
 
 
 def test_a_wrong_address_token_or_id_is_refused_with_what_to_do(head: Head, server: JobServer) -> None:
