@@ -31,6 +31,7 @@ MAX_LOAD_FAILURES = 3  # in a row, of one worker, before its place stays empty
 LOAD_DEADLINE_S = 1800.0  # for a base over a slow network
 PATIENCE_S = 1800.0  # for Ray to restart an actor: after a node was lost, until its capacity is back
 PING_S = (0.5, 15.0)  # between looks at an actor that is restarting: at first, at most
+ENDING_S = 15.0  # at the end of a run, for processes that do not answer to be killed on their nodes
 DRAIN_LOOK_S = 2.0  # between looks at which nodes are being drained
 Make = Callable[[WorkerSettings], Any]  # builds a worker inside of its actor
 
@@ -158,6 +159,7 @@ class RayPool:
         self._calls: dict[str, _Call] = {}
         self._absent: dict[str, _Absence] = {}
         self._leaving: set[str] = set()
+        self._endings: list[Any] = []  # of processes that did not answer
         self._load_failures: dict[str, int] = {}
         self._next_drain_look = 0.0
         self.processes: dict[str, Process] = {}
@@ -207,6 +209,8 @@ class RayPool:
         self._add(worker)  # waits for room on another node
 
     def close(self) -> None:
+        if self._endings:  # a process that is stopped would stay behind
+            ray.wait(self._endings, num_returns=len(self._endings), timeout=ENDING_S)
         for worker in list(self._actors):
             self._remove(worker)
         if self._own:
@@ -326,7 +330,9 @@ class RayPool:
         process = self.processes.pop(worker, None)
         if process is not None:
             there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
-            ray.remote(num_cpus=0, max_retries=0)(end).options(scheduling_strategy=there).remote(process)
+            self._endings.append(
+                ray.remote(num_cpus=0, max_retries=3)(end).options(scheduling_strategy=there).remote(process)
+            )
 
     def _expire(self) -> list[Report]:
         """Calls past their deadline: one can hang for ever on a node that vanished; only we know what is too long."""
