@@ -51,7 +51,7 @@ from ziplora.optimize import Optimization
 STAGES = ("rates", "flops", "steps", "k", "memory", "methods", "grid", "endurance")
 PROMPTS = ("a photo of sks dog", "a house in szn style")
 GRIDS = (1, 2, 4, 8, 16)
-FEW_DRAWS = 8  # what calibrations are measured with; their cost is linear in draws
+FEW_DRAWS, MORE_DRAWS = 8, 12  # what calibrations are measured with: beyond WEIGHT_ROWS their cost is linear in draws
 GRADIENT_DRAWS = 2  # that timed steps go round in
 
 
@@ -230,9 +230,9 @@ def reduced(knobs: Any) -> Any:
 
 
 def measure_calibration(bench: Bench, settings: CalibrationSettings) -> dict[str, Any]:
-    """Seconds per LoRA: measured with FEW_DRAWS and twice as many, unless all are run. Every further draw costs the
+    """Seconds per LoRA: measured with FEW_DRAWS and MORE_DRAWS, unless all are run. Every further draw costs the
     same."""
-    few, more = (bench.settings(n, settings.moments) for n in (FEW_DRAWS, 2 * FEW_DRAWS))
+    few, more = (bench.settings(n, settings.moments) for n in (FEW_DRAWS, MORE_DRAWS))
     if bench.options.full:
         few, more = bench.settings(1, settings.moments), bench.settings(settings.draws, settings.moments)
     with PeakMemory(bench.device) as memory:
@@ -301,8 +301,7 @@ def measure_method(bench: Bench, method: Method, cost_of: dict[str, float], clos
 def measure_methods(bench: Bench, names: list[str], results: Results) -> None:
     """One stage per method; calibrations by kind and number of draws are stages too, shared by the methods."""
     stages = results.content["stages"]
-    if "steps" not in stages:
-        raise SystemExit("methods are completed with the seconds of a pass: run stage steps before them")
+    results.stage("steps", lambda: measure_steps(bench))  # methods are completed with the seconds of a pass
     step, teacher = stages["steps"]["ziplora"], stages["steps"]["teacher"]
     cost_of = {
         "backward": step["seconds"] / 2,  # a step is two rows
@@ -402,7 +401,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=("true", "scaled"), default="true" if gpu else "scaled")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of " + ",".join(STAGES))
     parser.add_argument("--methods", default=",".join(METHODS), help="some of " + ",".join(METHODS))
-    parser.add_argument("--latent", type=int, help="side of the latents; 128 (1024 px) on a GPU, else 48")
+    parser.add_argument("--latent", type=int, help="side of the latents; 128 (1024 px) on a GPU, else 32")
     parser.add_argument("--steps", type=int, default=10 if gpu else 2, help="timed steps")
     parser.add_argument("--repeats", type=int, default=3 if gpu else 2, help="timed merges of each method")
     parser.add_argument("--pairs", default="1,2,4,8" if gpu else "1,2,4", help="pairs per forward pass to try")
@@ -417,7 +416,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure again what an earlier run measured")
     parser.add_argument("--out", type=Path, help="tests/bench/results/merge-<size>-<device>.json")
     options = parser.parse_args()
-    options.latent = options.latent or (128 if gpu else 48)
+    options.latent = options.latent or (128 if gpu else 32)
     options.rank = options.rank or (64 if options.size == "true" else 12)
     options.out = options.out or RESULTS / f"merge-{options.size}-{options.device}.json"
     options.pairs = [int(k) for k in options.pairs.split(",")]

@@ -247,7 +247,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("true", "scaled"), default="true" if gpu else "scaled")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of " + ",".join(STAGES))
-    parser.add_argument("--latent", type=int, help="side of the latents; 128 (1024 px) on a GPU, else 48")
+    parser.add_argument("--latent", type=int, help="side of the latents; 128 (1024 px) on a GPU, else 32")
     parser.add_argument("--steps", type=int, default=10 if gpu else 2, help="steps that one is timed over")
     parser.add_argument("--of-steps", type=int, default=50, help="steps of the pictures that are counted")
     parser.add_argument("--rounds", type=int, default=3)
@@ -259,7 +259,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure again what an earlier run measured")
     parser.add_argument("--out", type=Path, help="tests/bench/results/sample-<size>-<device>.json")
     options = parser.parse_args()
-    options.latent = options.latent or (128 if gpu else 48)
+    options.latent = options.latent or (128 if gpu else 32)
     options.rank = options.rank or (64 if options.size == "true" else 12)
     options.out = options.out or RESULTS / f"sample-{options.size}-{options.device}.json"
     options.batches = [int(n) for n in options.batches.split(",")]
