@@ -7,7 +7,7 @@ DEST ?= demo
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-care bench-inside bench-resume bench-simulation bench-chaos bench-faults bench-cut-off bench-no-op bench-overlap bench-scrape check-alerts clean
+.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-gallery bench-study bench-care bench-inside bench-resume bench-simulation bench-chaos bench-faults bench-cut-off bench-no-op bench-overlap bench-scrape check-alerts clean
 
 venv: $(VENV)/.ready
 
@@ -53,6 +53,14 @@ bench-quality: venv
 # what LoRAs look like inside, and what the training-free merges leave out
 bench-inside: venv
 	$(BIN)/python -m tests.bench.inside
+
+# the index of 100,000 entries and the gallery of 10,000
+bench-gallery: venv
+	$(BIN)/python -m tests.bench.gallery
+
+# the preference study: 1,800 answers through the page (Debian: apt install chromium)
+bench-study: venv
+	$(BIN)/python -m tests.bench.study
 
 # pulls that are killed, garbage collected under a batch, one flipped bit
 bench-care: venv swift

@@ -9,14 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from service.catalog import Catalog
-from service.errors import AlreadyCommitted, Unavailable
+from service.errors import AlreadyCommitted, StorageError, Unavailable
 from service.faults import backoff_s
 from service.jobs import Job, identity
 from service.messages import JobResult
+from service.thumbnails import put_thumbnail
 from service.translation import failed
 
 T = TypeVar("T")
@@ -99,6 +101,9 @@ class Uploads:
             return JobResult(job.job_id, "already", stages=stages)
         except Exception as error:
             return failed(job, error, stages)
+        if "merged.png" in made.files:
+            with suppress(StorageError, ValueError):  # whoever writes pages makes it again, from the stored picture
+                put_thumbnail(self.catalog.store, job.job_id, made.files["merged.png"])
         stages["commit"] = time.monotonic() - started
         n_bytes = sum(item.size for item in entry.objects.values())
         return replace(made.result, stages=stages, n_bytes=n_bytes)

@@ -201,7 +201,7 @@ def test_many_cells_are_few_elements(browser: Browser, local: Catalog, width: in
         assert page.locator(".cell").count() < 200
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.evaluate("document.getElementById('viewport').scrollTo(5000, 5000)")
-        wait_until(lambda: page.locator(".cell[data-i='37']").count() > 0)
+        wait_until(lambda: page.locator(".cell[data-i='34']").count() > 0)
         page.locator(".cell").last.focus()
         page.keyboard.press("Control+End")
         expect(page.locator(".cell:focus")).to_have_attribute("aria-label", "n099 in n099, m, overall 0.44")

@@ -48,7 +48,7 @@ from tests.commands import started, wait_until, ziplora
 from tests.pictures import commit, job, picture
 
 SUBJECTS, STYLES = ("dog", "cat"), ("ink", "oil")
-SEEN = "[...document.querySelectorAll('#question img')].every(image => image.naturalWidth > 0)"
+SEEN = "[...document.querySelectorAll('#question img')].every(one => one.complete && one.naturalWidth)"
 
 
 @contextmanager

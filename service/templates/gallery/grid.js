@@ -26,13 +26,16 @@ ziplora.grid = (() => {
 
   function measure() {
     const narrow = viewport.clientWidth < 640;
-    const head = narrow ? 0 : Math.min(190, Math.max(120, viewport.clientWidth * 0.13));
+    const pictured = Object.keys(page.references).length > 0;
+    const head = narrow ? 0 : Math.min(200, Math.max(pictured ? 160 : 120, viewport.clientWidth * 0.13));
     const strip = narrow ? 30 : 0;
     const columns = Math.max(1, arrangement.columns.length);
     const fit = Math.floor((viewport.clientWidth - (narrow ? 16 : head + 40)) / columns) - GAP;
     const left = narrow ? 0 : head + GAP;
-    const size = choice.size || Math.min(narrow ? 240 : 248, Math.max(narrow ? 108 : 132, fit));
+    // a grid of few rows is seen as a whole where that leaves the pictures large enough
     const top = page.styles.some((style) => page.references[name('style', style)]) ? 68 : 38;
+    const tall = !narrow && arrangement.rows.length <= 4 ? Math.floor((viewport.clientHeight - top) / Math.max(1, arrangement.rows.length)) - GAP : Infinity;
+    const size = choice.size || Math.min(narrow ? 240 : 248, Math.max(narrow ? 108 : 160, Math.min(fit, tall)));
     layout = { narrow, head, left, strip, size, top, step: size + GAP, row: size + GAP + strip };
     canvas.style.width = `${left + columns * layout.step}px`;
     canvas.style.height = `${top + arrangement.rows.length * layout.row + GAP}px`;
