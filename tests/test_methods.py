@@ -39,7 +39,7 @@ def test_what_a_pair_costs_in_model_passes() -> None:
     passes = {name: method.passes(method.knobs()) for name, method in METHODS.items()}
     assert {name: some for name, some in passes.items() if some != Passes()} == {
         "ziplora": Passes(200, 0),
-        "ziplora-refined": Passes(160, 0),
+        "ziplora-refined": Passes(80, 0),
         "ziplora-composed": Passes(300, 96),
     }
     assert ComposedKnobs(combined_target="direct", combined_draws=10, steps=2).passes() == Passes(6, 10)
