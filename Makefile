@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEST ?= demo
+# processes that run tests, each file by one of them: much of a test's time is spent waiting for servers to start
+JOBS ?= 2
 # one thread per process: results do not depend on the machine's core count, and workers do not fight over cores
 export OMP_NUM_THREADS = 1
 
@@ -21,7 +23,7 @@ swift: venv
 	$(BIN)/python tests/swift_node.py --install
 
 test: venv swift
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .
