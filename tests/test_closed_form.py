@@ -265,6 +265,7 @@ def scaled_up(lora: LoRA, factor: float) -> LoRA:
     return LoRA({path: Layer(layer.down, layer.up * factor) for path, layer in lora.layers.items()})
 
 
+@pytest.fixture(scope="module")
 def degenerate_pairs(base: Base) -> dict[str, Pair]:
     subject, style = small_lora(base, 3, seed=0), small_lora(base, 3, seed=1)
     one, other = (observed(base, lora, style) for lora in (subject, small_lora(base, 1, seed=2)))
@@ -290,8 +291,8 @@ def degenerate_pairs(base: Base) -> dict[str, Pair]:
     }
 
 
-def test_degenerate_pairs_are_never_worse_than_the_direct_merge(base: Base) -> None:
-    for name, pair in degenerate_pairs(base).items():
+def test_degenerate_pairs_are_never_worse_than_the_direct_merge(base: Base, degenerate_pairs: dict[str, Pair]) -> None:
+    for name, pair in degenerate_pairs.items():
         direct = objective(base, pair, METHODS["direct"].load()(base, [pair], None)[0].lora())
         for method, knobs in (("ziplora-closed", ClosedKnobs()), ("ziplora-matrix", MatrixKnobs(output_weights=False))):
             merged = METHODS[method].load()(base, [pair], knobs)[0]
@@ -300,8 +301,8 @@ def test_degenerate_pairs_are_never_worse_than_the_direct_merge(base: Base) -> N
             assert merged.lora().layers.keys() == pair.subject.layers.keys() | pair.style.layers.keys()
 
 
-def test_where_nothing_conflicts_the_direct_merge_stays(base: Base) -> None:
-    pairs = degenerate_pairs(base)
+def test_where_nothing_conflicts_the_direct_merge_stays(base: Base, degenerate_pairs: dict[str, Pair]) -> None:
+    pairs = degenerate_pairs
     for name in ("both zero", "moments of rank 0"):
         mergers = ziplora_closed(base, [pairs[name]], ClosedKnobs())[0].mergers
         assert mergers is not None
