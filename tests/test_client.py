@@ -1,9 +1,11 @@
 """A catalog in somebody's own Python."""
 
+import re
 from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
 
 from service import Catalog
 from service.errors import Corrupted, NotFound
@@ -35,6 +37,23 @@ def test_merges_load_into_a_pipeline(grid: Grid) -> None:
         pipeline.load_lora_weights(merge.path)
         assert sum(hasattr(module, "lora_A") for module in pipeline.unet.modules()) >= SDXL_TARGETS
         pipeline.unload_lora_weights()
+    # and as each tool has it: one directory for diffusers, kohya's names with one rank and alpha for the others
+    out = grid.root / "pulled"
+    assert {item.state for item in Catalog(catalog).pull(out, style="ink", subject="dog", layout="diffusers")} == {
+        "pulled"
+    }
+    (directory,) = out.iterdir()
+    pipeline.load_lora_weights(str(directory))
+    assert sum(hasattr(module, "lora_A") for module in pipeline.unet.modules()) == SDXL_TARGETS
+    list(Catalog(catalog).pull(out, style="ink", subject="dog", layout="comfyui"))
+    (file,) = out.glob("*.safetensors")
+    tensors = load_file(file)
+    name = r"lora_unet_(input_blocks|middle_block|output_blocks)_\w+_attn[12]_to_(q|k|v|out_0)"
+    assert all(re.fullmatch(rf"{name}\.(alpha|lora_down\.weight|lora_up\.weight)", key) for key in tensors)
+    assert len(tensors) == 3 * SDXL_TARGETS
+    ranks = {float(value) for key, value in tensors.items() if key.endswith(".alpha")}
+    assert ranks == {float(value.shape[0]) for key, value in tensors.items() if key.endswith("lora_down.weight")}
+    assert len(ranks) == 1
 
 
 def test_files_are_fetched_once_and_verified(swift: Swift) -> None:

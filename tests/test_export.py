@@ -17,6 +17,7 @@ from service.worker import Worker, WorkerSettings
 from tests.grid import Grid
 from tests.test_worker import jobs_of
 from ziplora import formats
+from ziplora.errors import FormatError
 from ziplora.lora import Layer, LoRA, delta, digest, restyled, scaled
 from ziplora.merged import Merged
 
@@ -95,6 +96,12 @@ def test_from_the_published_file_it_is_that_file_with_its_style_half_scaled(made
     assert differences(fp16, exact)[1] <= 2**-11
     assert differences(fp16, remerged(made, "ziplora", 0.6))[1] <= 2**-10
     assert differences(fp16, published.lora)[1] > 0.01
+    # a header that becomes shorter leaves nothing behind the values
+    content = export(store, entry, 0.6)["merged.safetensors"]
+    short = formats.restyle_kohya(content, subject_rank=rank, style_strength=1.0, metadata={"modelspec.title": "x"})
+    assert digest(formats.read_lora(short).lora) == digest(fp16)
+    with pytest.raises(FormatError, match=r"leaves torch\.float16 at style strength 1e"):
+        formats.restyle_kohya(content, subject_rank=rank, style_strength=1e9, metadata={})
     same = formats.read_lora(export(store, entry, 1.0)["merged.safetensors"])
     assert digest(same.lora) == digest(published.lora)
 

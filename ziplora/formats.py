@@ -128,13 +128,14 @@ def restyle_kohya(
             if key.endswith(".lora_up.weight"):
                 tensor = tensor.clone()
                 tensor[:, subject_rank:] *= style_strength
-                if not torch.isfinite(tensor).all():
+                if style_strength > 1 and not torch.isfinite(tensor).all():  # nothing leaves the dtype by shrinking
                     raise FormatError(f"{name}: {shown(key)} leaves {dtype} at style strength {style_strength:g}")
             yield key, tensor
 
-    file = io.BytesIO()
+    file = io.BytesIO(bytes(len(content)))  # about as long as it will be: growing it step by step copies it many times
     shapes = {key: info.shape for key, info in header.tensors.items()}
     _write(file, shapes, values(), dtype, {**header.metadata, **metadata}, hash_key="sshs_model_hash")
+    file.truncate()
     return file.getvalue()
 
 
@@ -375,9 +376,10 @@ def _write(
         sha.update(content)
         file.write(content)
     if hash_key:
+        end = file.tell()
         file.seek(0)
         file.write(_header_bytes(shapes, dtype, metadata | {hash_key: sha.hexdigest()}))
-        file.seek(0, io.SEEK_END)
+        file.seek(end)
 
 
 def _header_bytes(shapes: Mapping[str, Shape], dtype: torch.dtype, metadata: Mapping[str, str]) -> bytes:

@@ -32,6 +32,7 @@ def plot_sparsity(found: Mapping[str, Sparsity], path: Path) -> None:
     below.set(xscale="log", xlabel="share of the layer's largest |ΔW|", ylabel="share of elements below it")
     energy.set(xlabel="share of the smallest elements dropped", ylabel="‖ΔW‖² left", ylim=(0, 1.02))
     rank.set(ylabel="effective rank, mean of the block")
+    rank.set_ylim(bottom=0)
     _save(figure, path)
 
 
@@ -44,7 +45,7 @@ def plot_interference(found: Mapping[str, Mapping[str, float]], path: Path) -> N
         places = [place + number * width for place in range(len(blocks))]
         axes.bar(places, list(blocks.values()), width, color=(OTHER, SUBJECT, STYLE)[number % 3], label=name)
         axes.set_xticks(range(len(blocks)), list(blocks), rotation=45, ha="right")
-    axes.set(ylabel="Σ |ΔW_c[:, j]·ΔW_s[:, j]| / ‖ΔW_c‖‖ΔW_s‖")
+    axes.set(ylabel="interference, mean of the block")
     _save(figure, path)
 
 
@@ -73,7 +74,8 @@ def _save(figure: Any, path: Path) -> None:
         raise ValueError(f"{path}: figures are written as {' or '.join(SUFFIXES)}")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
+    if len(figure.axes[0].get_legend_handles_labels()[0]) > 1:
+        figure.axes[0].legend(frameon=False)
     # equal content, equal bytes: without the time and the generated ids that an SVG otherwise holds
     with rc_context({"svg.hashsalt": "ziplora"}):
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else {})

@@ -77,7 +77,7 @@ def agreeing(deltas: Deltas, elect: str) -> Deltas:
     from peft.utils.merge_utils import calculate_majority_sign_mask
 
     stacked = torch.stack(deltas)
-    mask = calculate_majority_sign_mask(stacked, method=elect)  # type: ignore[arg-type]
+    mask = calculate_majority_sign_mask(stacked, method=elect)
     return list(stacked * mask / mask.sum(0).clamp(min=1))
 
 
