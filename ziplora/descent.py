@@ -112,7 +112,7 @@ class _WhitenedLBFGS:
         parts = step.split([parameter[0].numel() for parameter in self.mergers.values()], 1)
         for (path, parameter), part in zip(self.mergers.items(), parts, strict=True):
             moved = torch.linalg.solve_triangular(self.factors[path].mT, part[..., None], upper=True)
-            parameter += moved.view_as(parameter)
+            parameter.add_(moved.view_as(parameter))
 
     def _whitened_gradient(self) -> Tensor:
         """L⁻¹·∂loss/∂m."""
