@@ -9,7 +9,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-gallery bench-study bench-care bench-inside bench-resume bench-simulation bench-chaos bench-faults bench-cut-off bench-no-op bench-overlap bench-scrape check-alerts clean
+.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-gallery bench-study bench-care bench-inside bench-resume bench-simulation bench-chaos bench-faults bench-no-op bench-overlap bench-scrape check-alerts clean
 
 venv: $(VENV)/.ready
 
@@ -83,10 +83,6 @@ bench-chaos: venv
 # a real Ray of several nodes while things go wrong on cue
 bench-faults: venv swift
 	$(BIN)/python -m tests.bench.faults
-
-# one machine of several is cut off from the network; needs root, for network namespaces
-bench-cut-off: venv
-	$(BIN)/python -m tests.bench.cut_off
 
 # what a job costs where there is no work
 bench-no-op: venv

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import boto3
 import ray
 import yaml
 from ray.cluster_utils import Cluster
@@ -39,7 +38,6 @@ from service.ray_pool import RayPool
 from service.run import Progress, run
 from tests.bench.scripted_worker import Script
 from tests.commands import wait_until
-from tests.swift_node import swift_node
 from tests.test_ray_pool import actors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -217,33 +215,9 @@ def two_drivers(scene: Scene) -> dict[str, object]:
     return {"committed by each": [len(one) for one in own]}
 
 
-def store_down(scene: Scene) -> dict[str, object]:
-    """The S3 server is gone for 30 s: no attempt is lost."""
-    directory = scene.root / "swift"
-    with swift_node(directory) as node:
-        os.environ.update(node.environment)
-        boto3.client("s3", endpoint_url=node.endpoint).create_bucket(Bucket="faults")
-        scene.settings = replace(scene.settings, catalog="s3://faults/catalog")
-        scene.script = replace(scene.script, pause_s=0.0)
-
-        def act() -> None:
-            scene.committed(0.3)
-            proxy = node.processes.pop()
-            proxy.terminate()
-            proxy.wait()
-            time.sleep(30)
-            node._start("proxy-server", directory / "etc" / "proxy-server.conf")
-
-        scene.during(act)
-        check(scene)
-        assert not failures(scene), "an outage costs no attempt"
-        stalls = sum(isinstance(event, events.WorkerStalled) for event in scene.seen)
-        return {"signs of life from waiting workers": stalls}
-
-
 SCENARIOS = {
     function.__name__: function
-    for function in (kill_9, node_killed, node_drained, hang, poison, driver_killed, two_drivers, store_down)
+    for function in (kill_9, node_killed, node_drained, hang, poison, driver_killed, two_drivers)
 }
 
 
