@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from service.caches import Cache
 from service.jobs import Job
 from service.manifest import read_manifest
 from service.messages import WorkerSettings
@@ -168,16 +167,3 @@ def test_a_diverging_merge_is_given_a_reason(grid: Grid, worker: Worker) -> None
     result = worker.run(dataclasses.replace(job, subject=dataclasses.replace(job.subject, weight=1e30)))
     assert (result.status, result.kind) == ("failed", "BadInput")
     assert "dog/ink" in str(result.reason)
-
-
-def test_the_cache_keeps_what_was_used_last() -> None:
-    made: list[str] = []
-
-    def make(name: str) -> str:
-        made.append(name)
-        return name
-
-    cache = Cache[str](limit_bytes=3, size=len)
-    for name in ("a", "bb", "a", "c", "bb", "long one", "c"):
-        assert cache.get(name, lambda name=name: make(name)) == name
-    assert made == ["a", "bb", "c", "bb", "long one", "c"]
