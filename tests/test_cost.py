@@ -97,7 +97,7 @@ def test_refinement_and_the_combined_term_cost_passes(sdxl_shapes):
     refined = time_of([job(method="ziplora-refined", knobs={"steps": 10, "batch": 2})], sdxl_shapes, 1024, 8).merge_s
     assert refined == pytest.approx(published / 5 + 0.53, rel=0.02)
     composed = time_of([job(method="ziplora-composed", knobs={})], sdxl_shapes, 1024, 8).merge_s
-    assert composed == pytest.approx(1.5 * published + 96 * 6.76e12 / (0.4 * 989e12), rel=5e-3)
+    assert composed == pytest.approx(1.5 * published + 32 * 6.76e12 / (0.4 * 989e12), rel=5e-3)
 
 
 def test_time_from_finished_entries():

@@ -40,9 +40,9 @@ def test_what_a_pair_costs_in_model_passes() -> None:
     assert {name: some for name, some in passes.items() if some != Passes()} == {
         "ziplora": Passes(200, 0),
         "ziplora-refined": Passes(80, 0),
-        "ziplora-composed": Passes(300, 96),
+        "ziplora-composed": Passes(300, 32),
     }
-    assert ComposedKnobs(combined_target="direct", combined_draws=10, steps=2).passes() == Passes(6, 10)
+    assert ComposedKnobs(combined_target="sum", combined_draws=10, steps=2).passes() == Passes(6, 30)
     assert ComposedKnobs(combined_weight=0.0).passes() == Passes(200, 0)
     assert {name for name, method in METHODS.items() if method.solver} == {
         "ziplora-closed", "ziplora-matrix", "ziplora-refined"

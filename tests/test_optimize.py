@@ -362,7 +362,7 @@ def test_each_calibration_goes_round_by_itself(base: Base) -> None:
 
 
 def test_composed_pairs_side_by_side_equal_each_alone_and_lower_their_third_term(base: Base) -> None:
-    knobs = ComposedKnobs(steps=6, batch=2, combined_draws=4, penalty_weight=0.01)
+    knobs = ComposedKnobs(steps=6, batch=2, combined_draws=4, combined_target="sum", penalty_weight=0.01)
     pairs = [with_prompt(make_pair(base, seed=seed)) for seed in range(2)]
     together = ziplora(base, pairs, knobs)
     for pair, mine in zip(pairs, together, strict=True):
