@@ -128,7 +128,7 @@ BAD = [
     ({"prompt": "a photo of a gem"}, "the prompt 'a photo of a gem' does not contain the trigger 'sks gem'"),
     ({"trigger": " "}, "does not contain the trigger ' '"),
     ({"base": "nobody/nothing"}, "base nobody/nothing is no directory and not in the local hub cache"),
-    ({"base": "/no/such/base"}, "base /no/such/base does not exist; expected a diffusers directory, s3://bucket/prefix or a hub id"),
+    ({"base": "/no/such/base"}, "base /no/such/base does not exist; expected a diffusers directory, s3:"),
     ({"size": 36}, "36 pixels do not fit the base; expected a multiple of 8"),
     ({"lr": "nan"}, "lr is nan; it must be a finite number above 0"),
     ({"rank": 0}, "'--rank': 0 is not in the range"),

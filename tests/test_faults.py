@@ -55,7 +55,7 @@ class TestBreaker:
 
     def test_one_worker_among_several_does_not_trip_it(self) -> None:
         breaker = Breaker()
-        for i in range(100):
+        for _ in range(100):
             assert breaker.note("AccessDenied", "clocks differ", "worker-3", workers=4) is None
         assert breaker.note("AccessDenied", "clocks differ", "worker-2", workers=4)
 

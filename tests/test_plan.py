@@ -298,7 +298,8 @@ def test_pairs_without_the_bad_lora_remain(place):
 def test_missing_base_still_checks_the_loras(place):
     text = with_lora("none.safetensors").replace("../sdxl", "../nosuchbase")
     assert problems(place, text) == [
-        "demo.yaml:1: base: base …/nosuchbase does not exist; expected a diffusers directory, s3://bucket/prefix or a hub id such as "
+        "demo.yaml:1: base: base …/nosuchbase does not exist; expected a diffusers directory, s3://bucket/prefix or a"
+        " hub id such as "
         "stabilityai/stable-diffusion-xl-base-1.0",
         f"{HERE}.lora: none.safetensors: no such file or directory; {RELATIVE}",
     ]

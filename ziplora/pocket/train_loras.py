@@ -3,13 +3,13 @@ wild.
 
     python -m ziplora.pocket.train_loras --out DIR
 
-Reads the shipped base and DIR/recogniser; writes DIR/loras. A subject learns from a photo and four pictures in looks that
-the base knows, each named in that picture's caption; a style from one picture of a shape that the base knows. What a
-merge is fitted to is the subject's prompt, which speaks of a photo and so has nothing in common with the prompt of a
+Reads the shipped base and DIR/recogniser; writes DIR/loras. A subject learns from a photo and four pictures in looks
+that the base knows, each named in that picture's caption; a style from one picture of a shape that the base knows. What
+a merge is fitted to is the subject's prompt, which speaks of a photo and so has nothing in common with the prompt of a
 merged pair.
 
-Five photos do not do: so small a base keeps a shape that it has met in photos alone for photos, and shows it in 0–9 % of
-pictures in styles that it knows (two subjects of eight: 36 and 55 %), whatever merges it.
+Five photos do not do: so small a base keeps a shape that it has met in photos alone for photos, and shows it in 0–9 %
+of pictures in styles that it knows (two subjects of eight: 36 and 55 %), whatever merges it.
 """
 
 from __future__ import annotations
