@@ -22,6 +22,7 @@ import boto3
 from service.catalog import COMMIT_S, Catalog
 from service.manifest import read_manifest
 from service.plan import plan
+from tests.bench.record import save
 from tests.catalogs import files_of, id_of, identity
 from tests.commands import command, environment, ziplora
 from tests.grid import build_grid
@@ -171,7 +172,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="ziplora-care-") as directory:
             results[name] = measure(Path(directory))
             print(json.dumps({name: results[name]}, indent=2), flush=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    save(RESULTS, results)
 
 
 if __name__ == "__main__":

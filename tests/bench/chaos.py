@@ -27,6 +27,7 @@ from service.faults import Limits
 from service.jobs import Job, identity
 from service.pool import Report
 from service.run import run
+from tests.bench.record import save
 from tests.bench.simulated import SimulatedPool, World, grid
 
 RESULT = Path(__file__).parent / "results" / "chaos.json"
@@ -193,7 +194,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2))
     if len(sys.argv) == 1:
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        save(RESULT, result)
     sys.exit(bool(failed))
 
 

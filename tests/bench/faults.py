@@ -36,6 +36,7 @@ from service.messages import WorkerSettings
 from service.plan import plan
 from service.ray_pool import RayPool
 from service.run import Progress, run
+from tests.bench.record import figures_of, save
 from tests.bench.scripted_worker import Script
 from tests.commands import wait_until
 from tests.test_ray_pool import actors
@@ -349,8 +350,8 @@ def main() -> None:
             "seconds": round(time.monotonic() - began),
             "of them to start Ray": round(ready_s),
         }
-        results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        RESULT.write_text(json.dumps({**results, name: figures}, indent=2) + "\n")
+        results = figures_of(RESULT)
+        save(RESULT, {**results, name: figures})
         print(name, json.dumps(figures), flush=True)
 
 

@@ -24,6 +24,7 @@ from service.catalog import Catalog
 from service.index import update_index
 from service.pages import Gallery
 from service.storage import LocalStore, ObjectInfo
+from tests.bench.record import figures_of, save
 from tests.pictures import id_of, job, picture, put_entry_alone
 
 RESULTS = Path(__file__).parent / "results" / "gallery.json"
@@ -238,8 +239,8 @@ def main() -> None:
 
 def keep(name: str, found: dict[str, Any]) -> None:
     """Beside what an earlier run has measured of the other part."""
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(known | {name: found}, indent=2) + "\n")
+    known = figures_of(RESULTS)
+    save(RESULTS, known | {name: found})
     print(json.dumps({name: found}, indent=2), flush=True)
 
 

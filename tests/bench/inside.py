@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tests.bench.record import save
 from ziplora.base import Base, load_base
 from ziplora.baseline_knobs import DareKnobs, NullSpaceKnobs, PruneKnobs, SvdKnobs, TiesKnobs
 from ziplora.diagnose import alignment, interference, sparsity
@@ -103,7 +104,7 @@ def main() -> None:
         "meeting": meeting(subjects, styles),
         "merges": merges(load_base(WEIGHTS / "base"), Pair(subjects["mushroom"], styles["retro"])),
     }
-    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    save(RESULTS, results)
     print(json.dumps(results["merges"], indent=1))
 
 

@@ -19,6 +19,7 @@ from service.messages import Began, JobResult, Message, Tile, TileDone, WorkerSe
 from service.metrics import Metrics
 from service.ray_pool import RayPool
 from service.run import run
+from tests.bench.record import save
 from tests.bench.simulated import grid
 
 RESULT = Path(__file__).parent / "results" / "no_op.json"
@@ -78,7 +79,7 @@ def main() -> None:
         "coordinator CPU seconds": round(used.user + used.system - cpu.user - cpu.system, 1),
         "coordinator MB by jobs done": memory,
     }
-    RESULT.write_text(json.dumps(figures, indent=2) + "\n")
+    save(RESULT, figures)
     print(json.dumps(figures, indent=2))
 
 

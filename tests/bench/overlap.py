@@ -26,6 +26,7 @@ from service.pool import InlinePool, Report
 from service.run import run
 from service.storage import open_store
 from tests.bench.faults import LORAS, ROOT
+from tests.bench.record import save
 from tests.swift_node import swift_node
 
 RESULT = Path(__file__).parent / "results" / "overlap.json"
@@ -146,7 +147,7 @@ def main() -> None:
         "time saved": round(1 - totals[1] / totals[0], 3),
         "catalogs are equal": True,
     }
-    RESULT.write_text(json.dumps(figures, indent=2) + "\n")
+    save(RESULT, figures)
     print(json.dumps(figures, indent=2))
 
 

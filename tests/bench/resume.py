@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import resource
 import tempfile
 import time
@@ -35,6 +34,7 @@ from service.plan import Plan, plan
 from service.plan_text import summary_lines
 from service.storage import open_store
 from tests import swift_node
+from tests.bench.record import save
 from tests.grid import Grid, build_grid
 
 RESULTS = Path(__file__).parent / "results" / "resume.json"
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--s3-side", type=int, default=71)
     parser.add_argument("--plan-side", type=int, default=1000)
     wanted = parser.parse_args()
-    results: dict[str, Any] = {"machine": f"{os.cpu_count()} cores, Python {platform.python_version()}"}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="resume-") as temporary:
         root = Path(temporary)
         grid, digests = build_grid(root / "grid"), DigestCache(root / "digests")
@@ -134,7 +134,7 @@ def main() -> None:
         made, seconds = timed_plan(grid_of(grid, side, str(root / "empty")), digests)
         results["plan"] = {"pairs": len(made.jobs), "loras": 2 * side, **seconds}
     results["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    RESULTS.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    save(RESULTS, results)
     print(json.dumps(results, indent=2, ensure_ascii=False))
 
 

@@ -24,6 +24,7 @@ from service.plan import plan
 from service.pool import InlinePool
 from service.run import run
 from tests.bench.faults import ROOT, manifest
+from tests.bench.record import save
 from tests.commands import wait_until
 from tests.swift_node import end_with_parent, reserve_ports
 
@@ -89,7 +90,7 @@ def main() -> None:
         },
         "ETA at half time, of the true rest": round(seconds / (ended - at), 3),
     }
-    RESULT.write_text(json.dumps(figures, indent=2) + "\n")
+    save(RESULT, figures)
     print(json.dumps(figures, indent=2))
 
 

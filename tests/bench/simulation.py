@@ -27,6 +27,7 @@ from service.metrics import Metrics
 from service.pool import Ready, Report, Said
 from service.run import run
 from service.tiles import TILE_SIDE, Board, cut, loras
+from tests.bench.record import figures_of, save
 from tests.bench.simulated import SimulatedPool, World, grid
 
 RESULT = Path(__file__).parent / "results" / "simulation.json"
@@ -194,10 +195,10 @@ def main() -> None:
     for name in sys.argv[1:] or (*CASES, *NAIVE, *DECISIONS):
         command = [sys.executable, "-m", __spec__.name, "--here", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        results = figures_of(RESULT)
         results[name] = json.loads(done.stdout)
         print(name, json.dumps(results[name], ensure_ascii=False))
-        RESULT.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        save(RESULT, results)
 
 
 if __name__ == "__main__":

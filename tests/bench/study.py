@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, expect, sync_playwright
 
 from service.catalog import Catalog
 from service.study import Study, asked_of, make_study, open_study, report, responses
-from tests.bench.gallery import machine
+from tests.bench.record import save
 from tests.browser import CHROMIUM, page_of
 from tests.commands import wait_until
 from tests.pictures import commit, job
@@ -89,7 +89,6 @@ def main() -> None:
         stored = {f"{one.participant} {one.question}": ("first", "second")[one.chosen] for one in found}
         told = report(study, found)
     result = {
-        "machine": machine(),
         "participants": options.participants,
         "questions_each": options.questions,
         "answers_meant": len(meant),
@@ -106,7 +105,7 @@ def main() -> None:
         "first_on_the_left": sum(one.left == 0 for one in found) / len(found),
         "left_chosen": asdict(told.left) | {"share": told.left.share},
     }
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    save(RESULTS, result)
     print(json.dumps(result, indent=2))
 
 
