@@ -122,3 +122,12 @@ def test_captions_are_read_from_text_files_beside_the_pictures(tmp_path: Path) -
     (tmp_path / "2.txt").write_bytes(b"\xff\xfe sks")
     with pytest.raises(ValueError, match="cannot be read as text"):
         read_captions(paths, settings)
+
+
+def test_two_concepts_start_from_different_directions(base: Base) -> None:
+    settings = TrainSettings("a photo of a sks", "sks", rank=2, steps=1)
+    downs = []
+    for name in ("guitar", "fish"):
+        with Training(base, train_loras.subject_task(name).images(), settings) as training:
+            downs.append(torch.cat([layer.down.flatten() for layer in training.lora().layers.values()]))
+    assert abs(torch.cosine_similarity(downs[0], downs[1], dim=0)) < 0.1

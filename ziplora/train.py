@@ -99,9 +99,10 @@ class Training:
             raise ValueError(f"{len(captions)} captions for {len(images)} pictures")
         self.base, self.settings = base, settings
         self.side = settings.size or base.default_size
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.latents = base.encode_images(images, self.side, self.side)
         self.captions = tuple(captions or [settings.prompt] * len(images))
+        self._seed = own_seed(settings.seed, images, self.captions)
+        self.generator = torch.Generator().manual_seed(self._seed)
+        self.latents = base.encode_images(images, self.side, self.side)
         distinct = list(dict.fromkeys(self.captions))
         self.conditioning = base.encode_prompts(distinct)
         self._caption_of = torch.tensor([distinct.index(caption) for caption in self.captions], device=base.device)
@@ -207,7 +208,7 @@ class Training:
             target_modules=[path.removeprefix("unet.") for path in self._originals],
         )
         with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
+            torch.manual_seed(self._seed)
             inject_adapter_in_model(config, self.base.unet)
         if settings.gradient_checkpointing:
             self.base.unet.enable_gradient_checkpointing()
@@ -268,6 +269,18 @@ class Training:
         if self.base.pipeline.scheduler.config.get("prediction_type", "epsilon") != "v_prediction":
             return noise
         return self.base.add_noise(noise, -x, timesteps)
+
+
+def own_seed(seed: int, images: Sequence[Image.Image], captions: Sequence[str]) -> int:
+    """What a training with `seed` starts from: another number for other pictures or captions.
+
+    From one start all LoRAs keep nearly the same `down` matrices (cosine .95 after 1000 steps): they read the same few
+    directions of every input, and any two conflict in a merge as much as two that really are about the same thing.
+    """
+    sha = hashlib.sha256(f"{seed}/{list(captions)}".encode())
+    for image in images:
+        sha.update(f"/{image.size}/{image.mode}/".encode() + image.tobytes())
+    return int.from_bytes(sha.digest()[:7], "big")
 
 
 def _copy(weight: Tensor) -> Tensor:
