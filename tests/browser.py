@@ -14,8 +14,9 @@ CHROMIUM = next(
 MISSING = "there is no Chromium on this machine: pages are not tested (Debian: apt-get install chromium)"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Closed with its module: playwright, while open, runs an event loop in this thread, and others cannot."""
     if not CHROMIUM:
         pytest.skip(MISSING)
     with sync_playwright() as playwright:

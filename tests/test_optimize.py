@@ -398,9 +398,9 @@ def test_pairs_that_share_a_lora_and_a_prompt_share_its_predictions(
     monkeypatch.setattr("ziplora.composition.predictions", counted)
     one, other = (with_prompt(make_pair(base, seed=seed)) for seed in range(2))
     same_subject = dataclasses.replace(one, style=other.style, style_calibration=other.style_calibration)
-    combined_calibrations(base, [one], ComposedKnobs(combined_draws=2))
+    combined_calibrations(base, [one], ComposedKnobs(combined_draws=2, combined_target="sum"))
     assert len(calls) == 6  # on the latents of either, three models
-    combined_calibrations(base, [one, same_subject], ComposedKnobs(combined_draws=2))
+    combined_calibrations(base, [one, same_subject], ComposedKnobs(combined_draws=2, combined_target="sum"))
     # of the second pair, the subject and the base on the subject's latents are known
     assert len(calls) == 6 + 6 + 4
 
