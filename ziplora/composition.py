@@ -2,11 +2,11 @@
 
 A term beside Eq. 3 of ZipLoRA (arXiv 2311.13600v2), which only looks at each LoRA's own prompt:
 
-    γ·‖ε(L_m; x, p_cs) − [ε(L_c; x, p_cs) + ε(L_s; x, p_cs) − ε(x, p_cs)]‖²
+    γ·‖ε(L_m; x, p_cs) − ε*(x, p_cs)‖²
 
-The target adds up what both LoRAs do to the base model's prediction, as the conjunction of Composable Diffusion
-(arXiv 2206.01714) does for several prompts. No picture is sampled for it: x are the noised pictures that both
-LoRAs are calibrated on.
+ε* is what the direct merge predicts there; or ε(L_c; x, p_cs) + ε(L_s; x, p_cs) − ε(x, p_cs), which adds up what both
+LoRAs do to the base model's prediction, as the conjunction of Composable Diffusion (arXiv 2206.01714) does for several
+prompts. No picture is sampled for it: x are the noised pictures that both LoRAs are calibrated on.
 """
 
 from collections.abc import Sequence
