@@ -8,8 +8,6 @@ is one per 1,000 keys). Result: results/gallery.json.
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -24,15 +22,11 @@ from service.catalog import Catalog
 from service.index import update_index
 from service.pages import Gallery
 from service.storage import LocalStore, ObjectInfo
-from tests.bench.record import figures_of, save
+from tests.bench.record import figures_of, machine, save
 from tests.pictures import id_of, job, picture, put_entry_alone
 
 RESULTS = Path(__file__).parent / "results" / "gallery.json"
 PAGE = 1000  # keys of a listing
-
-
-def machine() -> dict[str, Any]:
-    return {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "python": platform.python_version()}
 
 
 class Requests(LocalStore):

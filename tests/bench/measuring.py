@@ -1,12 +1,10 @@
 """What the benches share: clocks, memory, FLOPs, the machine's matmul rate, and results that a later run goes on
 from."""
 
+import argparse
 import gc
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 import threading
 import time
@@ -14,35 +12,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
+from tests.bench import record
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
+    """`record.machine` and what of it decides how fast torch is."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load_average_at_start": os.getloadavg()[0],
+        **record.machine(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": gpu,
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
         "threads": torch.get_num_threads(),
-        "commit": commit,
     }
+
+
+def check_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with what to give instead, where `options.device` or `options.size` is more than this machine has."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; take --device cpu")
+    if options.device == "cuda" and options.size == "true" and torch.cuda.mem_get_info()[0] < 22 * 2**30:
+        parser.error("true size takes a GPU with 24 GB of free memory: take --size scaled, or a larger one")
 
 
 class PeakMemory:

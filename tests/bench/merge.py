@@ -33,6 +33,7 @@ from tests.bench.measuring import (
     RESULTS,
     PeakMemory,
     Results,
+    check_device,
     clock_name,
     flops,
     machine,
@@ -427,10 +428,7 @@ def parse() -> argparse.Namespace:
         if unknown:
             parser.error(f"--{name} {unknown[0]} is unknown; some of {','.join(known)}")
         setattr(options, name, chosen)
-    if options.device == "cuda" and not gpu:
-        parser.error("--device cuda: torch sees no GPU here; take --device cpu")
-    if options.device == "cuda" and options.size == "true" and torch.cuda.mem_get_info()[0] < 22 * 2**30:
-        parser.error("true size takes a GPU with 24 GB of free memory: take --size scaled, or a larger one")
+    check_device(parser, options)
     return options
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from tests.bench.measuring import RESULTS, PeakMemory, Results, clock_name, machine, seconds
+from tests.bench.measuring import RESULTS, PeakMemory, Results, check_device, clock_name, machine, seconds
 from tests.bench.models import random_lora, random_pipeline
 from ziplora.base import Conditioning, load_base, resident
 from ziplora.formats import read_lora, save_kohya
@@ -267,10 +267,7 @@ def parse() -> argparse.Namespace:
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
         parser.error(f"--stages {unknown[0]} is unknown; some of {','.join(STAGES)}")
-    if options.device == "cuda" and not gpu:
-        parser.error("--device cuda: torch sees no GPU here; take --device cpu")
-    if options.device == "cuda" and options.size == "true" and torch.cuda.mem_get_info()[0] < 22 * 2**30:
-        parser.error("true size takes a GPU with 24 GB of free memory: take --size scaled, or a larger one")
+    check_device(parser, options)
     return options
 
 
