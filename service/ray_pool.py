@@ -142,7 +142,8 @@ class RayPool:
             gpus = 0
         size = min(size or gpus or 1, most or 2**31)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(node.get("CPU", 0) >= cpus_per_worker for node in nodes):
+        # a head that only coordinates has no CPU: workers' nodes may be yet to come, and come because actors wait
+        if not any(node.get("CPU", cpus_per_worker) >= cpus_per_worker for node in nodes):
             raise BadInput(f"no node has {cpus_per_worker} CPUs: take fewer --threads")
         on_gpu = bool(gpus) or settings.device.startswith("cuda")
         densest = max(node.get("GPU", 0) if on_gpu else node.get("CPU", 0) // cpus_per_worker for node in nodes)

@@ -161,7 +161,7 @@ def test_names_come_from_the_digest_and_hang_together(tmp_path: Path) -> None:
     )
     assert ID.fullmatch(job["spec"]["jobId"])
     assert job["spec"]["metadata"]["catalog"] == "s3://bucket/catalog"
-    assert at(job, *GROUP, "maxReplicas") == 3
+    assert [at(job, *GROUP, field) for field in ("replicas", "minReplicas", "maxReplicas")] == [0, 0, 3]
     images = {container["image"] for container in (*at(job, *HEAD, "containers"), *at(job, *WORKER, "containers"))}
     assert images == {"registry/ziplora:1"}
     assert documents("gpu", tmp_path, output="s3://other/place")["RayJob"]["metadata"]["name"] != name

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import ray
 from ray._raylet import GcsClient
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -21,6 +22,7 @@ from service.catalog import Catalog
 from service.faults import Limits
 from service.jobs import Job, identity
 from service.messages import Began, JobResult, Message, Tile, TileDone, WorkerSettings
+from service.pool import Ready, Report
 from service.ray_pool import RayPool
 from service.run import Progress, run
 from tests.bench.simulated import grid
@@ -165,3 +167,39 @@ def test_a_node_that_is_drained_gets_no_more_work_and_loses_none(cluster: Cluste
     started = [event for event in done.seen[after:] if isinstance(event, events.TileStarted) and event.jobs]
     assert started
     assert told[0] not in {event.worker for event in started}
+
+
+def test_workers_wait_for_nodes_where_there_is_none_yet_and_ask_for_them(tmp_path: Path) -> None:
+    """A head that only coordinates, and an autoscaler that starts at 0 nodes: what it sees are the waiting actors."""
+    memory = {"object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
+    pool = None
+    try:
+        settings = WorkerSettings("", "", None, device="cuda")
+        pool = RayPool(settings, 8, cluster.address, most=2, make=Quick(tmp_path, {}))
+        assert pool.size == 2
+        wait_until(lambda: demands(cluster.address) == {(("CPU", 1.0), ("GPU", 1.0)): 2})
+        assert pool.wait(0) == []
+        cluster.add_node(num_cpus=1, num_gpus=1, **memory)
+        (ready,) = heard(pool)
+        assert isinstance(ready, Ready)
+        wait_until(lambda: demands(cluster.address) == {(("CPU", 1.0), ("GPU", 1.0)): 1})
+    finally:
+        if pool is not None:
+            pool.close()
+        cluster.shutdown()
+
+
+def demands(address: str) -> dict[tuple[tuple[str, float], ...], int]:
+    """What an autoscaler is asked for: resources of one, and how often."""
+    status = get_cluster_status(address)
+    found = status.resource_demands.ray_task_actor_demand
+    return {tuple(sorted(b.bundle.items())): b.count for demand in found for b in demand.bundles_by_count}
+
+
+def heard(pool: RayPool, timeout_s: float = 120) -> Sequence[Report]:
+    """The first that a pool has to say."""
+    end = time.monotonic() + timeout_s
+    while not (reports := pool.wait(1)):
+        assert time.monotonic() < end, "nothing was heard"
+    return reports
