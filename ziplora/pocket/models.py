@@ -1,14 +1,21 @@
-"""SDXL in miniature: the same classes and block layout, made small. Deterministic given torch's seed."""
+"""SDXL and SD 1.5 in miniature: the same classes and block layouts, made small. Deterministic given torch's seed."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ziplora.pocket import world
@@ -16,6 +23,8 @@ from ziplora.pocket import world
 N_TOKENS = 24  # a prompt's length, start and end included; CLIP's is 77
 TEXT_WIDTH = 64  # each of the two text encoders; the UNet sees both side by side
 LATENT_SIZE = world.SIZE // 4
+
+Family = Literal["sdxl", "sd15"]
 
 SHAPE_TRIGGERS = ("sks", "ohwx", "zwx", "qvx")
 STYLE_TRIGGERS = ("szn", "bnha", "tok", "mrk")
@@ -131,6 +140,19 @@ def unet(widths: tuple[int, int, int] = (32, 64, 128)) -> UNet2DConditionModel:
     )
 
 
+def unet_sd15(widths: tuple[int, int, int, int] = (32, 64, 96, 96)) -> UNet2DConditionModel:
+    """SD 1.5's blocks: attention at the first three of four levels, as many heads at each, proj_in and proj_out
+    convolutions, nothing but the time beside the text. 80 attention linears (SD 1.5: 128)."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        block_out_channels=widths,
+        layers_per_block=1,
+        attention_head_dim=4,  # diffusers' name for the number of heads
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=16,
+    )
+
+
 def scheduler() -> EulerDiscreteScheduler:
     """SDXL's own settings."""
     return EulerDiscreteScheduler(
@@ -143,7 +165,30 @@ def scheduler() -> EulerDiscreteScheduler:
     )
 
 
-def pipeline(parts: dict[str, Any]) -> StableDiffusionXLPipeline:
+def scheduler_sd15() -> PNDMScheduler:
+    """SD 1.5's own settings."""
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def pipeline(parts: dict[str, Any]) -> StableDiffusionXLPipeline | StableDiffusionPipeline:
+    if "text_encoder_2" not in parts:
+        return StableDiffusionPipeline(
+            vae=parts["vae"],
+            text_encoder=parts["text_encoder"],
+            tokenizer=parts["tokenizer"],
+            unet=parts["unet"],
+            scheduler=scheduler_sd15(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     return StableDiffusionXLPipeline(
         vae=parts["vae"],
         text_encoder=parts["text_encoder"],
@@ -157,15 +202,17 @@ def pipeline(parts: dict[str, Any]) -> StableDiffusionXLPipeline:
     )
 
 
-def build(folder: Path) -> dict[str, Any]:
+def build(folder: Path, family: Family = "sdxl") -> dict[str, Any]:
     """All parts, untrained. The tokenizers' files go under `folder`."""
     first = tokenizer(folder / "tokenizer")
-    second = tokenizer(folder / "tokenizer_2", pad="!")
     n_vocabulary = len(first)
+    text_encoder = CLIPTextModel(text_config(n_vocabulary, activation="quick_gelu"))
+    if family == "sd15":
+        return {"tokenizer": first, "text_encoder": text_encoder, "unet": unet_sd15(), "vae": vae()}
     return {
         "tokenizer": first,
-        "tokenizer_2": second,
-        "text_encoder": CLIPTextModel(text_config(n_vocabulary, activation="quick_gelu")),
+        "tokenizer_2": tokenizer(folder / "tokenizer_2", pad="!"),
+        "text_encoder": text_encoder,
         "text_encoder_2": CLIPTextModelWithProjection(text_config(n_vocabulary, activation="gelu")),
         "unet": unet(),
         "vae": vae(),

@@ -1,10 +1,11 @@
-"""Train the miniature SDXL from nothing: pool of pictures → autoencoder → UNet with both text encoders.
+"""Train the miniature from nothing: pool of pictures → autoencoder → UNet with its text encoders.
 
-    python -m ziplora.pocket.train_base --out DIR
+    python -m ziplora.pocket.train_base --out DIR                  # SDXL
+    python -m ziplora.pocket.train_base --out DIR --family sd15    # SD 1.5, on the autoencoder that is shipped
 
-Noise prediction on SDXL's 1000-step schedule, squared error weighted by min(SNR, 5)/SNR (Min-SNR, arXiv 2303.09556), an
-exponential moving average of the weights, cosine learning rate. One caption in ten is dropped: to zero embeddings (what
-`force_zeros_for_empty_prompt` gives in sampling) or to the empty prompt. Interrupted runs
+Noise prediction on the 1000-step schedule of both, squared error weighted by min(SNR, 5)/SNR (Min-SNR, arXiv
+2303.09556), an exponential moving average of the weights, cosine learning rate. One caption in ten is dropped: to the
+empty prompt, or for SDXL to zero embeddings (what `force_zeros_for_empty_prompt` gives in sampling). Interrupted runs
 continue from their last checkpoint.
 """
 
@@ -19,14 +20,14 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor, nn
 
-from ziplora.pocket import models, train_vae, world
+from ziplora.pocket import models, path, train_vae, world
 from ziplora.pocket.pool import read_pool, write_pool
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Trainer:
         self.recipe, self.parts, self.latents, self.ids, self.empty = recipe, parts, latents, ids, empty
         self.end = parts["tokenizer"].eos_token_id
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.model = nn.ModuleDict({name: parts[name] for name in TRAINED})
+        self.model = nn.ModuleDict({name: parts[name] for name in TRAINED if name in parts})
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, foreach=True
@@ -99,19 +100,27 @@ class Trainer:
         t = torch.randint(1000, (recipe.batch,), generator=generator)
         noise = torch.randn(x.shape, generator=generator)
         alpha = self.alphas[t].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
+        hidden, added = self.conditions(ids, kept)
+        predicted = self.model["unet"](noisy, t, hidden, added_cond_kwargs=added).sample
+        errors = (predicted - noise).square().mean((1, 2, 3))
+        snr = (alpha / (1 - alpha)).flatten()
+        return (errors * snr.clamp(max=recipe.min_snr) / snr).mean(), errors.detach().mean().item()
+
+    def conditions(self, ids: Tensor, kept: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """What the UNet gets of captions `ids` [n, N_TOKENS]: hidden states, and for SDXL the rest by name. `kept` [n]:
+        0 where SDXL gets zeros and SD 1.5, whose pipeline has none, the empty prompt."""
+        if "text_encoder_2" not in self.model:
+            ids = torch.where(kept[:, None] > 0, ids, self.empty)
+            return self.model["text_encoder"](ids).last_hidden_state, None
         a = self.model["text_encoder"](ids, output_hidden_states=True)
         b = self.model["text_encoder_2"](padded_for_second(ids, self.end), output_hidden_states=True)
         hidden = torch.cat([a.hidden_states[-2], b.hidden_states[-2]], dim=-1) * kept[:, None, None]
         size = float(world.SIZE)
-        conditions = {
+        return hidden, {
             "text_embeds": b[0] * kept[:, None],
-            "time_ids": torch.tensor([[size, size, 0.0, 0.0, size, size]]).expand(recipe.batch, -1),
+            "time_ids": torch.tensor([[size, size, 0.0, 0.0, size, size]]).expand(len(ids), -1),
         }
-        noisy = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
-        predicted = self.model["unet"](noisy, t, hidden, added_cond_kwargs=conditions).sample
-        errors = (predicted - noise).square().mean((1, 2, 3))
-        snr = (alpha / (1 - alpha)).flatten()
-        return (errors * snr.clamp(max=recipe.min_snr) / snr).mean(), errors.detach().mean().item()
 
     def update(self, progress: float) -> float:
         for group in self.optimizer.param_groups:
@@ -152,11 +161,13 @@ class Trainer:
         os.replace(out / "state.tmp", out / "state.pt")
 
 
-def prepare(out: Path, recipe: Recipe, workers: int) -> AutoencoderKL:
-    """The pool and the autoencoder, made when they are not there yet."""
+def prepare(out: Path, recipe: Recipe, workers: int, shipped: Path | None = None) -> AutoencoderKL:
+    """The pool and the autoencoder, made when they are not there yet; or the autoencoder in `shipped`, as fp32."""
     if not (out / "pool" / "captions.json").exists():
         write_pool(out / "pool", recipe.pictures, seed=recipe.seed, workers=workers)
-    if not (out / "vae" / "config.json").exists():
+    if shipped is not None:
+        AutoencoderKL.from_pretrained(shipped, dtype=torch.float32).save_pretrained(out / "vae")
+    elif not (out / "vae" / "config.json").exists():
         vae = models.vae()
         train_vae.sharpen(vae)
         pixels = read_pool(out / "pool").pixels
@@ -169,19 +180,21 @@ def prepare(out: Path, recipe: Recipe, workers: int) -> AutoencoderKL:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="working directory: pool, vae, checkpoints, base")
+    parser.add_argument("--family", choices=get_args(models.Family), default="sdxl")
     parser.add_argument("--steps", type=int, default=Recipe().steps)
+    parser.add_argument("--batch", type=int, default=Recipe().batch)
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="end the learning-rate schedule by then at the latest"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that render")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = Recipe(steps=arguments.steps)
+    recipe = Recipe(steps=arguments.steps, batch=arguments.batch)
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     out: Path = arguments.out
-    vae = prepare(out, recipe, arguments.workers)
-    parts = {**models.build(out), "vae": vae}
+    vae = prepare(out, recipe, arguments.workers, path() / "vae" if arguments.family == "sd15" else None)
+    parts = {**models.build(out, arguments.family), "vae": vae}
     pool = read_pool(out / "pool")
     if not (out / "latents.pt").exists():
         torch.save(train_vae.encode_all(vae, pool.pixels), out / "latents.pt")
