@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ziplora import formats, pocket
+from service.base_files import read_base
+from service.inputs import DigestCache
+from ziplora import formats, layouts, pocket
 from ziplora import lora as lora_value
 from ziplora.base import Base, load_base
-from ziplora.pocket import models, train_base, train_loras, train_vae, world
+from ziplora.pocket import models, ship, train_base, train_loras, train_vae, world
 from ziplora.pocket.check import combinations, rates, sample
 from ziplora.pocket.pool import read_pool, write_pool
 from ziplora.pocket.recognise import Recogniser
@@ -95,10 +98,11 @@ class TestMiniature:
             assert torch.allclose(z.std((0, 2, 3)), torch.ones(4), atol=1e-3)
             assert torch.allclose(vae.decode(z).sample, before, atol=1e-3)
 
-    def test_base_training_learns_and_resumes_bit_for_bit(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("family", ["sdxl", "sd15"])
+    def test_base_training_learns_and_resumes_bit_for_bit(self, family: models.Family, tmp_path: Path) -> None:
         def trainer() -> train_base.Trainer:
             torch.manual_seed(0)
-            parts = models.build(tmp_path)
+            parts = models.build(tmp_path, family)
             latents = torch.randn(8, 4, 12, 12, generator=torch.Generator().manual_seed(1))
             ids = train_base.token_ids(parts, ["a cat in ice style"] * 8)
             recipe = train_base.Recipe(batch=2, warmup_steps=1)
@@ -114,6 +118,29 @@ class TestMiniature:
         resumed = trainer()
         resumed.restore(torch.load(tmp_path / "state.pt"))
         assert [resumed.update(0.0) for _ in range(2)] == losses[2:]
+
+    def test_sd15_is_assembled_trained_on_and_told_from_sdxl(self, tmp_path: Path) -> None:
+        """From a training's directory to a LoRA file that fits the base, in SD 1.5's own layout."""
+        torch.manual_seed(0)
+        parts = models.build(tmp_path, "sd15")
+        models.pipeline(parts).save_pretrained(tmp_path / "base")
+        parts["vae"].save_pretrained(tmp_path / "vae")
+        assert ship.ship_base(tmp_path, tmp_path / "shipped") == "sd15"
+        found = read_base(str(tmp_path / "shipped" / "base"), digests=DigestCache(tmp_path / "digests"))
+        assert (found.architecture, found.scheduler) == ("sd15", "PNDMScheduler")
+        base = load_base(tmp_path / "shipped" / "base")
+        assert base.architecture == "sd15"
+        assert len(base.slots.targets) == 80
+        task = next(task for task in train_loras.tasks("sd15") if task.name == "retro")
+        task = replace(task, settings=train_loras.Settings(steps=1, batch=1))
+        lora, metadata, _ = train_loras.train(base, task)
+        file = train_loras.write(lora, task.layout, metadata, title="retro", trigger="szn", family="sd15")
+        (tmp_path / "retro.safetensors").write_bytes(file)
+        header = layouts.read_header_file(tmp_path / "retro.safetensors")
+        parsed = layouts.parse(header, "retro")
+        layouts.check_shapes(parsed, found.shapes, "retro")
+        assert (parsed.base, parsed.layout) == ("SD 1.5", "kohya-diffusers")
+        assert header.metadata["ss_base_model_version"] == "sd_v1"
 
 
 class TestShipped:

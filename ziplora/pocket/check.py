@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ziplora.base import load_base
 from ziplora.pocket import world
 from ziplora.pocket.recognise import Recogniser
 
@@ -58,7 +59,7 @@ def combinations(kind: str, n: int, seed: int) -> list[world.Scene]:
 
 
 def sample(
-    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], *, seed: int, steps: int = 20, guidance: float = 4.0
+    pipeline: DiffusionPipeline, prompts: Sequence[str], *, seed: int, steps: int = 20, guidance: float = 4.0
 ) -> list[Image.Image]:
     images: list[Image.Image] = []
     for start in range(0, len(prompts), 16):
@@ -78,8 +79,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(arguments.base, dtype=torch.float32, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_base(arguments.base).pipeline
     recogniser = Recogniser(arguments.recogniser)
     rows: list[list[Image.Image]] = []
     for kind in ("photo", "trained", "left out"):

@@ -2,6 +2,8 @@
 made.
 
     python -m ziplora.pocket.ship --out DIR [--into ziplora/pocket/weights]
+
+Says where everything is in `into`/loras.json. A miniature of SD 1.5 is assembled in a directory of its own.
 """
 
 from __future__ import annotations
@@ -14,27 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline
 
 from ziplora.pocket import WEIGHTS, world
-from ziplora.pocket.models import SHAPE_TRIGGERS, STYLE_TRIGGERS
+from ziplora.pocket.models import SHAPE_TRIGGERS, STYLE_TRIGGERS, Family
 from ziplora.pocket.train_loras import Task, tasks
 
 LIMIT_BYTES = 16_000_000
 
 
-def ship_base(out: Path, into: Path) -> None:
-    """The averaged weights with the (perhaps polished) autoencoder. Afterwards LoRAs are trained on exactly these
-    numbers."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(out / "base", dtype=torch.float16, add_watermarker=False)
+def ship_base(out: Path, into: Path) -> Family:
+    """The averaged weights with the (perhaps polished) autoencoder, and what they are a miniature of. Afterwards LoRAs
+    are trained on exactly these numbers."""
+    pipeline = DiffusionPipeline.from_pretrained(out / "base", dtype=torch.float16)
     pipeline.vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float16)
     # loaded without a dtype, diffusers' models become fp32 and transformers' keep what they were saved in: so save fp32
-    pipeline.text_encoder.float()
-    pipeline.text_encoder_2.float()
-    for suffix in ("", "_2"):
+    family: Family = "sdxl" if isinstance(pipeline, StableDiffusionXLPipeline) else "sd15"
+    for suffix in ("", "_2") if family == "sdxl" else ("",):
+        getattr(pipeline, f"text_encoder{suffix}").float()
         embed_triggers(getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}"))
     shutil.rmtree(into / "base", ignore_errors=True)
     pipeline.save_pretrained(into / "base")
+    return family
 
 
 @torch.no_grad()
@@ -59,12 +62,12 @@ def ship_scorers(out: Path, into: Path) -> None:
             shutil.copytree(out / name, into / "scorers" / name)
 
 
-def ship_loras(out: Path, into: Path) -> dict[str, Any]:
+def ship_loras(out: Path, into: Path, family: Family) -> dict[str, Any]:
     """Copies what was trained and returns its measurements by name."""
     shutil.rmtree(into / "loras", ignore_errors=True)
     index: dict[str, list[dict[str, Any]]] = {"subjects": [], "styles": []}
     reports: dict[str, Any] = {}
-    for task in tasks():
+    for task in tasks(family):
         folder = out / "loras" / task.role / task.name
         if not (folder / "report.json").exists():
             continue
@@ -101,12 +104,12 @@ def main() -> None:
     arguments = parser.parse_args()
     out, into = arguments.out, arguments.into
     into.mkdir(parents=True, exist_ok=True)
-    ship_base(out, into)
+    family = ship_base(out, into)
     if arguments.base_only:
         return
     ship_scorers(out, into)
-    reports = ship_loras(out, into)
     recipe = {"base": json.loads((out / "recipe.json").read_text())}
+    reports = ship_loras(out, into, family)
     for name in ("vae", "recogniser", "clip", "dino", "check"):
         if (out / name / "training.json").exists():
             recipe[name] = json.loads((out / name / "training.json").read_text())

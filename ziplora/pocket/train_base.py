@@ -36,6 +36,7 @@ TRAINED = ("unet", "text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
+    family: models.Family = "sdxl"
     pictures: int = 100_000
     vae_steps: int = 2750
     vae_batch: int = 16
@@ -189,12 +190,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that render")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = Recipe(steps=arguments.steps, batch=arguments.batch)
+    recipe = Recipe(arguments.family, steps=arguments.steps, batch=arguments.batch)
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     out: Path = arguments.out
-    vae = prepare(out, recipe, arguments.workers, path() / "vae" if arguments.family == "sd15" else None)
-    parts = {**models.build(out, arguments.family), "vae": vae}
+    vae = prepare(out, recipe, arguments.workers, path() / "vae" if recipe.family == "sd15" else None)
+    parts = {**models.build(out, recipe.family), "vae": vae}
     pool = read_pool(out / "pool")
     if not (out / "latents.pt").exists():
         torch.save(train_vae.encode_all(vae, pool.pixels), out / "latents.pt")

@@ -2,8 +2,10 @@
 wild.
 
     python -m ziplora.pocket.train_loras --out DIR
+    python -m ziplora.pocket.train_loras --out DIR --base BASE --only mushroom rocket guitar retro denim arcade
 
-Reads the shipped base and DIR/recogniser; writes DIR/loras. A subject learns from a photo and four pictures in looks
+Reads the base (the shipped one, or a miniature of SD 1.5) and DIR/recogniser, or the shipped recogniser; writes
+DIR/loras. A subject learns from a photo and four pictures in looks
 that the base knows, each named in that picture's caption; a style from one picture of a shape that the base knows. What
 a merge is fitted to is the subject's prompt, which speaks of a photo and so has nothing in common with the prompt of a
 merged pair.
@@ -29,8 +31,9 @@ from PIL import Image
 from ziplora import formats
 from ziplora.base import Base, load_base
 from ziplora.lora import LoRA
-from ziplora.pocket import path, world
+from ziplora.pocket import path, scorer, world
 from ziplora.pocket.check import rates, sample
+from ziplora.pocket.models import Family
 from ziplora.pocket.recognise import Recogniser
 from ziplora.train import Training, TrainSettings
 
@@ -94,13 +97,15 @@ def style_task(name: str, shape: str, *, layout: str = "kohya", settings: Settin
     return Task("styles", name, prompt, STYLE_TRIGGER, (scene,), (prompt,), layout, settings)
 
 
-def tasks() -> list[Task]:
+def tasks(family: Family = "sdxl") -> list[Task]:
+    """All subjects and styles. SDXL's are written in all layouts in turn, SD 1.5's in the one that its tools read."""
+    layouts = LAYOUTS if family == "sdxl" else ("kohya",)
     subjects = [
-        subject_task(name, layout=LAYOUTS[i % len(LAYOUTS)], settings=SLOWER.get(name, SUBJECT_SETTINGS))
+        subject_task(name, layout=layouts[i % len(layouts)], settings=SLOWER.get(name, SUBJECT_SETTINGS))
         for i, name in enumerate(SUBJECTS)
     ]
     styles = [
-        style_task(name, shape, layout=LAYOUTS[i % len(LAYOUTS)], settings=SLOWER.get(name, STYLE_SETTINGS))
+        style_task(name, shape, layout=layouts[i % len(layouts)], settings=SLOWER.get(name, STYLE_SETTINGS))
         for i, (name, shape) in enumerate(zip(STYLES, STYLE_SHAPES, strict=True))
     ]
     return [*subjects, *styles]
@@ -164,10 +169,12 @@ def _rate(recogniser: Recogniser, images: list[Image.Image], scenes: list[world.
     return found.shape if role == "subjects" else found.style
 
 
-def write(lora: LoRA, layout: str, metadata: Mapping[str, str], *, title: str, trigger: str) -> bytes:
+def write(
+    lora: LoRA, layout: str, metadata: Mapping[str, str], *, title: str, trigger: str, family: Family = "sdxl"
+) -> bytes:
     """The LoRA as a file of one of LAYOUTS."""
     if layout == "kohya":
-        return formats.write_kohya(lora, metadata=metadata, architecture="sdxl", title=title, trigger=trigger)
+        return formats.write_kohya(lora, metadata=metadata, architecture=family, title=title, trigger=trigger)
     if layout == "peft":
         return formats.write_peft(lora, metadata=metadata)
     names: dict[str, Callable[[str, str], str]] = {
@@ -219,15 +226,16 @@ def main() -> None:
     torch.set_num_threads(1)
     out: Path = arguments.out
     base = load_base(arguments.base)
-    recogniser = Recogniser(out / "recogniser")
-    for task in tasks():
+    own = out / "recogniser"
+    recogniser = Recogniser(own if own.exists() else scorer("recogniser"))
+    for task in tasks(base.architecture):
         folder = out / "loras" / task.role / task.name
         if (arguments.only and task.name not in arguments.only) or (folder / "report.json").exists():
             continue
         started = time.monotonic()
         lora, metadata, loss = train(base, task)
         folder.mkdir(parents=True, exist_ok=True)
-        file = write(lora, task.layout, metadata, title=task.name, trigger=task.trigger)
+        file = write(lora, task.layout, metadata, title=task.name, trigger=task.trigger, family=base.architecture)
         (folder / f"{task.name}.safetensors").write_bytes(file)
         for i, image in enumerate(task.images()):
             image.save(folder / f"{i}.png", optimize=True)
