@@ -140,7 +140,7 @@ def unet(widths: tuple[int, int, int] = (32, 64, 128)) -> UNet2DConditionModel:
     )
 
 
-def unet_sd15(widths: tuple[int, int, int, int] = (32, 64, 96, 96)) -> UNet2DConditionModel:
+def unet_sd15(widths: tuple[int, int, int, int] = (32, 64, 128, 128)) -> UNet2DConditionModel:
     """SD 1.5's blocks: attention at the first three of four levels, as many heads at each, proj_in and proj_out
     convolutions, nothing but the time beside the text. 80 attention linears (SD 1.5: 128)."""
     return UNet2DConditionModel(
