@@ -32,11 +32,11 @@ OWNERS = {
     "uvicorn": {"service/study_server.py"},
     "matplotlib": {"ziplora/plots.py"},
     "peft": {"ziplora/sparse_merges.py", "ziplora/train.py"},
-    "safetensors": {"ziplora/calibration_files.py", "ziplora/formats.py"},
+    "safetensors": {"ziplora/adapter_files.py", "ziplora/calibration_files.py", "ziplora/formats.py"},
 }
 POCKET = "ziplora/pocket/"  # builds and trains models of its own, so the model libraries are its business too
 MODEL_OWNERS = {
-    "diffusers": {"ziplora/base.py", "ziplora/sample.py", "ziplora/train.py"},
+    "diffusers": {"ziplora/base.py", "ziplora/masked.py", "ziplora/sample.py", "ziplora/train.py"},
     "transformers": {"ziplora/base.py", "ziplora/score.py", "ziplora/train.py"},
 }
 PLANNING = (

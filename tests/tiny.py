@@ -9,12 +9,16 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import (
+    AmusedPipeline,
+    AmusedScheduler,
     AutoencoderKL,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UVit2DModel,
+    VQModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -92,6 +96,48 @@ def tiny_sd15(dtype: torch.dtype = torch.float32, seed: int = 0) -> StableDiffus
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    return _ready(pipe, dtype)
+
+
+def tiny_amused(dtype: torch.dtype = torch.float32, seed: int = 0) -> AmusedPipeline:
+    """A random aMUSEd pipeline on the CPU: 8×8 tokens of a codebook of 32, pictures of 16×16."""
+    with _seeded(seed):
+        transformer = UVit2DModel(
+            hidden_size=32,
+            cond_embed_dim=TEXT_WIDTH,
+            micro_cond_encode_dim=8,
+            micro_cond_embed_dim=5 * 8,
+            encoder_hidden_size=TEXT_WIDTH,
+            vocab_size=40,
+            codebook_size=32,
+            in_channels=32,
+            block_out_channels=32,
+            num_res_blocks=1,
+            block_num_heads=4,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            sample_size=8,
+        )
+        text_encoder = CLIPTextModelWithProjection(_text_config("quick_gelu"))
+        vqvae = VQModel(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 16),
+            latent_channels=8,
+            num_vq_embeddings=32,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+            lookup_from_codebook=True,
+        )
+        torch.nn.init.normal_(vqvae.quantize.embedding.weight, std=0.2)
+    pipe = AmusedPipeline(
+        vqvae=vqvae,
+        tokenizer=tokenizer(pad="<|endoftext|>"),
+        text_encoder=text_encoder,
+        transformer=transformer,
+        scheduler=AmusedScheduler(mask_token_id=39),
     )
     return _ready(pipe, dtype)
 

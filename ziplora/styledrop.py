@@ -1,0 +1,297 @@
+"""StyleDrop (arXiv 2306.00983) with DreamBooth's subject beside it, on a masked-token model (masked.py).
+
+- **Adapter tuning** (Sec. 3.2): few weights beside a frozen transformer are trained with the masked-token loss on one
+  picture whose prompt names content and style ("a mushroom in szn style"). Here they are a LoRA (2106.09685) on its
+  attention and feed-forward layers, which starts as the identity; the paper has bottleneck adapters.
+- **Iterative training with feedback** (Sec. 3.3): the tuned model draws other contents in the style, a scorer picks the
+  best, and a second adapter is trained on those. One picture says too little about what is style and what is content.
+- **My object in my style** (Sec. 3.4): a subject's adapter, trained in the same way on its own pictures as DreamBooth
+  does (arXiv 2208.12242), and the style's are never merged: at each step of sampling their logits are combined.
+
+So the result is pictures and a recipe (two adapters, weights, seeds), not one LoRA file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ziplora.lora import Layer, LoRA
+from ziplora.masked import MaskedBase, TextCondition, masked_loss, sample_tokens
+from ziplora.score import Judge
+from ziplora.train import Step, own_seed
+
+PAPER = "https://arxiv.org/abs/2306.00983"
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")  # within a transformer block
+CONTENTS = (
+    "a chihuahua walking on the street",
+    "a banana on the table",
+    "a church on the street",
+    "a tabby cat walking in the forest",
+    "a fluffy sloth",
+    "a house on a hill",
+    "a sailing boat",
+    "a bunch of flowers in a vase",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """How an adapter is trained. The defaults are diffusers' for StyleDrop on amused-256: rank 16, 1500 steps of one
+    picture at 4e-4."""
+
+    rank: int = 16
+    steps: int = 1500
+    batch: int = 1
+    lr: float = 4e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}; a finite number above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Weights of the logits that a picture is sampled from (see `mixed`).
+
+    subject, style: w_c and w_s; the paper's γ and 1 − γ where they sum to 1. contrast: λ_A, text: λ_B. aMUSEd's
+    guidance scale is 1 + λ_B, 10 by default; Muse was sampled with less.
+    """
+
+    subject: float = 0.5
+    style: float = 0.5
+    contrast: float = 0.0
+    text: float = 9.0
+
+    def __post_init__(self) -> None:
+        for name in ("subject", "style", "contrast", "text"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"the weight {name} is {getattr(self, name)}; a finite number, at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """A picture of the tuned model's own, and how well it was scored."""
+
+    image: Image.Image
+    prompt: str
+    score: float
+
+
+def mixed(base: Tensor, nothing: Tensor, subject: Tensor, style: Tensor, weights: Mixture) -> Tensor:
+    """ℓ_m + λ_A·(ℓ_m − ℓ) + λ_B·(ℓ − ℓ_∅) with ℓ_m = ℓ + w_c·(ℓ_c − ℓ) + w_s·(ℓ_s − ℓ).
+
+    ℓ, ℓ_c and ℓ_s are the logits [n, codebook, h, w] of the base, of the subject's and of the style's adapter under the
+    prompt, ℓ_∅ the base's under no prompt. With one adapter this is StyleDrop's guidance: λ_A is away from the base,
+    towards what was tuned; λ_B away from no prompt, towards the text. With w_c = γ and w_s = 1 − γ, ℓ_m is
+    γ·ℓ_c + (1 − γ)·ℓ_s, the combination of a subject's and a style's adapter. Logits being log-probabilities up to a
+    constant, it is a weighted product of the two models' distributions.
+    """
+    m = (1 - weights.subject - weights.style) * base + weights.subject * subject + weights.style * style
+    return m + weights.contrast * (m - base) + weights.text * (base - nothing)
+
+
+class AdapterTraining:
+    """An adapter being trained in `base`'s slots: an iterable of steps with a length. Use as a context manager; on
+    leaving, the base is as it was.
+
+        with AdapterTraining(base, images, captions, settings) as training:
+            for step in training: ...
+            adapter = training.adapter()
+    """
+
+    def __init__(
+        self, base: MaskedBase, images: Sequence[Image.Image], captions: Sequence[str], settings: AdapterSettings
+    ) -> None:
+        """`captions`: one for each picture; what they have in common is what the adapter learns to answer to."""
+        if not images:
+            raise ValueError("no pictures to train on")
+        if len(captions) != len(images):
+            raise ValueError(f"{len(captions)} captions for {len(images)} pictures: give one for each")
+        self.base, self.settings = base, settings
+        seed = own_seed(settings.seed, images, captions)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tokens, self.text = base.encode_images(images), base.encode_prompts(captions)
+        self.step = 0
+        base.slots.load([[identity(base, settings.rank, seed)]])
+        self._slots = {path: slot for path, slot in base.slots.layers.items() if slot.active}
+        # leaves of their own, fp32: small updates vanish in half precision
+        self._weights = {
+            path: (slot.down.float().clone().requires_grad_(), slot.up.float().clone().requires_grad_())
+            for path, slot in self._slots.items()
+            if slot.down is not None and slot.up is not None
+        }
+        self.optimizer = torch.optim.AdamW(self._parameters(), lr=settings.lr, weight_decay=1e-4)
+
+    def __enter__(self) -> AdapterTraining:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.base.slots.unload()
+
+    def __len__(self) -> int:
+        return self.settings.steps
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps that are left."""
+        while self.step < self.settings.steps:
+            yield self._update()
+
+    def adapter(self) -> LoRA:
+        """What is learned so far, fp32 on the CPU."""
+        return LoRA(
+            {
+                path: Layer(down.detach()[0, 0].float().cpu().clone(), up.detach()[0].float().cpu().clone())
+                for path, (down, up) in self._weights.items()
+            }
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """How it was trained, for an adapter file's header."""
+        settings = {f"ziplora.adapter.{key}": str(value) for key, value in asdict(self.settings).items()}
+        return settings | {"ziplora.adapter.images": str(len(self.tokens)), "ziplora.adapter.step": str(self.step)}
+
+    def _parameters(self) -> list[Tensor]:
+        return [weight for pair in self._weights.values() for weight in pair]
+
+    def _update(self) -> Step:
+        for path, (down, up) in self._weights.items():
+            slot = self._slots[path]
+            slot.down, slot.up = down.to(slot.weight.dtype), up.to(slot.weight.dtype)
+        rows = torch.randint(len(self.tokens), (self.settings.batch,), generator=self.generator)
+        rows = rows.to(self.base.device)
+        loss = masked_loss(self.base, self.tokens[rows], self.text.rows(rows), self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return Step(self.step, loss.item())
+
+
+def identity(base: MaskedBase, rank: int, seed: int) -> LoRA:
+    """An adapter that changes nothing yet: random down, up zero, on every layer in TARGETS."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for path, slot in base.slots.layers.items():
+        if path.endswith(tuple(f".{name}" for name in TARGETS)):
+            out_features, in_features = slot.weight.shape[:2]
+            down = torch.randn(rank, in_features, generator=generator) / rank
+            layers[path] = Layer(down, torch.zeros(out_features, rank))
+    return LoRA(layers)
+
+
+def sample_mixture(
+    base: MaskedBase,
+    subject: LoRA | None,
+    style: LoRA | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    weights: Mixture,
+    *,
+    steps: int = 12,
+    temperature: tuple[float, float] = (2.0, 0.0),
+) -> Iterator[Image.Image]:
+    """One picture per (prompt, seed), in order, from the logits of `mixed`; one forward pass a step, its rows side by
+    side. An adapter that is None, or weighs 0, is left out: what remains is exactly as if it did not exist.
+
+    `steps` and `temperature` are aMUSEd's defaults. Raises ShapeMismatch for an adapter of another base.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; at least 1")
+    w_c, w_s = (0.0 if lora is None else w for lora, w in ((subject, weights.subject), (style, weights.style)))
+    weights = Mixture(w_c, w_s, weights.contrast, weights.text)
+    rows: dict[str, LoRA] = {"base": LoRA({})}
+    if weights.text:
+        rows["nothing"] = LoRA({})
+    rows |= {name: lora for name, lora, w in (("subject", subject, w_c), ("style", style, w_s)) if lora and w}
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        text = _text_rows(base, prompt, rows)
+
+        def logits(tokens: Tensor, text: TextCondition = text) -> Tensor:
+            found = base.logits(tokens.expand(len(rows), -1, -1), text).float().split(1)
+            by_name = dict(zip(rows, found, strict=True))
+            plain = by_name["base"]
+            others = (by_name.get(name, plain) for name in ("nothing", "subject", "style"))
+            return mixed(plain, *others, weights)
+
+        with base.slots.loaded([[lora] for lora in rows.values()]):
+            tokens = sample_tokens(base, logits, seed, steps=steps, temperature=temperature)
+        yield base.decode(tokens)[0]
+
+
+def _text_rows(base: MaskedBase, prompt: str, rows: dict[str, LoRA]) -> TextCondition:
+    encoded = base.encode_prompts(["", prompt])
+    return encoded.rows(torch.tensor([0 if name == "nothing" else 1 for name in rows], device=base.device))
+
+
+def feedback(
+    base: MaskedBase,
+    adapter: LoRA,
+    prompts: Sequence[str],
+    style_images: Sequence[Image.Image],
+    judge: Judge,
+    *,
+    keep: int,
+    per_prompt: int = 4,
+    style_share: float = 0.5,
+    seed: int = 0,
+    weights: Mixture | None = None,
+    steps: int = 12,
+) -> list[Feedback]:
+    """The `keep` best of the tuned model's own pictures of `prompts`, the best first, for a second round of training.
+
+    A picture's score is (1 − share)·CLIP-T + share·CLIP-I: its cosine with its own prompt and, a mean, with the style's
+    pictures. The paper's automatic feedback is the text's alone (`style_share` 0); half of each also drops pictures
+    that have lost the style. ValueError for a judge without a text side, or fewer pictures than are to be kept.
+    """
+    if judge.texts is None:
+        raise ValueError(f"{judge.source} has no text side: feedback needs a CLIP")
+    if not 0 <= style_share <= 1:
+        raise ValueError(f"style_share is {style_share}; from 0 (text alone) to 1 (style alone)")
+    wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
+    if not 1 <= keep <= len(wanted):
+        raise ValueError(f"{keep} pictures to keep of {len(wanted)} that are made: between 1 and that many")
+    seeds = [seed + i for i in range(len(wanted))]
+    weights = weights or Mixture(subject=0.0, style=1.0)
+    images = list(sample_mixture(base, None, adapter, wanted, seeds, weights, steps=steps))
+    features = judge.images(images)
+    text = F.cosine_similarity(features, judge.texts(wanted), dim=-1)
+    style = (features @ F.normalize(judge.images(style_images), dim=-1).T).mean(1)
+    scores = ((1 - style_share) * text + style_share * style).tolist()
+    found = [Feedback(*one) for one in zip(images, wanted, scores, strict=True)]
+    return sorted(found, key=lambda one: -one.score)[:keep]
+
+
+def second_round(
+    base: MaskedBase,
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    chosen: Sequence[Feedback],
+    settings: AdapterSettings,
+) -> AdapterTraining:
+    """Training of a new adapter on the user's pictures and the chosen ones."""
+    return AdapterTraining(
+        base,
+        [*images, *(one.image for one in chosen)],
+        [*captions, *(one.prompt for one in chosen)],
+        settings,
+    )
+
+
+def tuned(training: AdapterTraining, each: Callable[[Step], None] = lambda step: None) -> LoRA:
+    """Train to the end; `each` sees every step."""
+    with training:
+        for step in training:
+            each(step)
+        return training.adapter()
