@@ -29,16 +29,16 @@ def matches(entry: Entry, subject: str = "*", style: str = "*", method: str = "*
 
 
 def score(entry: Entry, by: str = "harmonic") -> float | None:
-    """One of SCORES: an alignment, or the harmonic mean 2ab/(a+b) of style and subject alignment; None if not scored.
-
-    The harmonic mean is of positive numbers; where an alignment is not, the lower of the two stands in for it.
-    """
+    """One of SCORES: an alignment, or the harmonic mean of style and subject alignment; None if not scored."""
     found = alignments(entry)
     if by != "harmonic":
         return found[f"{by}_alignment"]
     style, subject = found["style_alignment"], found["subject_alignment"]
-    if style is None or subject is None:
-        return None
+    return None if style is None or subject is None else harmonic(style, subject)
+
+
+def harmonic(style: float, subject: float) -> float:
+    """2ab/(a + b), which is a mean of positive numbers; where one is not, the lower of the two stands in for it."""
     return 2 * style * subject / (style + subject) if min(style, subject) > 0 else min(style, subject)
 
 

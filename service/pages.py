@@ -1,6 +1,7 @@
 """The gallery: a static page beside the catalog, made from the index. Opens from disk and from S3, asks no other host.
 
     gallery.html                    open this
+    report.html                     methods compared, where the catalog has several; see report_page.py
     pages/*.css, *.js               the page itself
     pages/catalog.js                what the grid shows; written last and as a whole, so a page never sees half a state
     pages/rows/<two digits>-<digest>.js   all about the merges whose ids begin so; replaced under another name
@@ -14,17 +15,19 @@ whatever a user wrote: here they are JSON strings, in the page only ever text (n
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from service import report_page
 from service.entry import ALIGNMENTS, Unreadable
 from service.errors import AlreadyCommitted, Unavailable
 from service.index import IndexSummary, read_rows, update_index
 from service.references import stored_references
+from service.report import make_report, result_of, variant_names
 from service.steps import Steps, parallel
 from service.storage import Store
 from service.thumbnails import ID_DIGITS, PREFIX, make_thumbnail, thumbnail_key
@@ -42,7 +45,8 @@ STATIC = ("gallery.css", "model.js", "grid.js", "detail.js", "gallery.js")
 TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "html": "text/html; charset=utf-8"}
 COLUMNS = [
     *("job_id", "subject", "style", "method", "seed", "knobs", "attempt", "subject_trigger", "style_trigger"),
-    *("lora_key", "lora_bytes", "preview_key", "created", "objects", "job", "report"),
+    *("lora_key", "lora_bytes", "preview_key", "created", "objects", "job", "report", "architecture"),
+    *("seconds", "merge_seconds"),
     *ALIGNMENTS,
 ]
 
@@ -66,6 +70,7 @@ class Gallery:
         self.cells: dict[str, tuple[str, list[dict[str, Any]]]] = {}  # by group: its state and cells
         self.problems: dict[str, Unreadable] = {}  # by job id
         self.static = False
+        self.compared: tuple[str, int] | None = None  # the state that report.html shows
         self.written = Written(0, 0, 0, "", ())
 
     def refresh(self) -> Written:
@@ -133,15 +138,26 @@ class Gallery:
             write_static(self.store, self.title or name_of(self.store.url))
             self.static = True
         page = self._page(summary)
+        if page["compared"]:
+            self._compare(summary)
         put_script(self.store, DATA, "catalog", page)
         self._tidy({rows_key(name, state) for name, (state, _) in self.cells.items()})
         cells, subjects, styles = (len(page[name]) for name in ("cells", "subjects", "styles"))
         self.written = Written(cells, subjects, styles, summary.digest, tuple(self.problems.values()))
         return self.written
 
+    def _compare(self, summary: IndexSummary) -> None:
+        state = (summary.digest, len(summary.given_up))
+        if state != self.compared:
+            results = [one["result"] for _, found in self.cells.values() for one in found]
+            title = self.title or name_of(self.store.url)
+            made = make_report(results, summary.given_up, title=title, digest=summary.digest)
+            self.store.put(report_page.PAGE, report_page.page(made), content_type=TYPES["html"])
+            self.compared = state
+
     def _page(self, summary: IndexSummary) -> dict[str, Any]:
         cells = sorted((one for _, found in self.cells.values() for one in found), key=_order)
-        variants = variant_names(cells)
+        variants = variant_names((one["method"], one["knobs"]) for one in cells)
         subjects = sorted({one["subject"] for one in (*cells, *summary.given_up)})
         styles = sorted({one["style"] for one in (*cells, *summary.given_up)})
         methods = sorted({*variants.values(), *(one["method"] for one in summary.given_up)}, key=_best_known_first)
@@ -154,6 +170,7 @@ class Gallery:
             "subjects": subjects,
             "styles": styles,
             "methods": methods,
+            "compared": len(set(variants.values())) > 1,
             "references": stored_references(self.store),
             "cells": [
                 [
@@ -204,6 +221,7 @@ def cell(row: Mapping[str, Any]) -> dict[str, Any]:
         "scores": [None if row[name] is None else round(row[name] * 1000) for name in ALIGNMENTS],
         "preview": row["preview_key"],
         "preview_bytes": previews.get(row["preview_key"], 0),
+        "result": result_of(row),
     }
 
 
@@ -232,24 +250,6 @@ def details(row: Mapping[str, Any]) -> dict[str, Any]:
         "device": report.get("device"),
         "observed": [_of(report, "subject", "calibrated_on"), _of(report, "style", "calibrated_on")],
     }
-
-
-def variant_names(cells: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """(method, knobs) → the method's name, with the knobs that tell its variants apart where there are several."""
-    knobs: dict[str, dict[str, dict[str, Any]]] = {}
-    for one in cells:
-        given = json.loads(one["knobs"])
-        knobs.setdefault(one["method"], {})[one["knobs"]] = given if isinstance(given, dict) else {}
-    names = {}
-    for method, variants in knobs.items():
-        every = {name for given in variants.values() for name in given}
-        differing = [
-            name for name in sorted(every) if len({json.dumps(given.get(name)) for given in variants.values()}) > 1
-        ]
-        for text, given in variants.items():
-            told = ", ".join(f"{name} {_plain(given.get(name))}" for name in differing)
-            names[method, text] = f"{method} ({told})" if len(variants) > 1 else method
-    return names
 
 
 def write_static(store: Store, title: str) -> None:
@@ -326,10 +326,6 @@ def _samples(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _of(value: Mapping[str, Any], part: str, name: str) -> Any:
     inner = value.get(part)
     return inner.get(name) if isinstance(inner, dict) else None
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _order(one: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ OWNERS = {
         "service/cli_options.py",
         "service/cli_pages.py",
         "service/cli_plots.py",
+        "service/cli_report.py",
         "service/cli_train.py",
     },
     "rich": {"service/cli.py", "service/console.py"},
@@ -36,6 +37,7 @@ OWNERS = {
 }
 POCKET = "ziplora/pocket/"  # builds and trains models of its own, so the model libraries are its business too
 MODEL_OWNERS = {
+    "numpy": {"service/intervals.py"},
     "diffusers": {"ziplora/base.py", "ziplora/masked.py", "ziplora/sample.py", "ziplora/train.py"},
     "transformers": {"ziplora/base.py", "ziplora/score.py", "ziplora/train.py"},
 }

@@ -1,11 +1,11 @@
-"""The bench's intervals: what they cover, and what they do with clusters and holes."""
+"""Intervals of means over a grid: what they cover, and what they do with clusters and holes."""
 
 import math
 
 import numpy as np
 import pytest
 
-from tests.bench.intervals import clustered
+from service.intervals import clustered
 
 
 def grid_of(values):

@@ -135,6 +135,19 @@ def test_a_walk_through_the_gallery(
         assert page.url.endswith("#cat/ink")
 
 
+@pytest.mark.parametrize("size", [(1100, 900), (1440, 900), (390, 844)])
+def test_only_the_grid_scrolls(browser: Browser, local: Catalog, size: tuple[int, int]) -> None:
+    """Two scroll bars beside each other leave nobody knowing which one moves what."""
+    for number in range(8):
+        commit(local, job(f"s{number}", "ink"))
+    Gallery(local).refresh()
+    with page_of(browser, page_at(local), viewport={"width": size[0], "height": size[1]}) as page:
+        page.locator(".cell").first.wait_for()
+        edges = "(e => [e.scrollHeight - e.clientHeight, e.scrollWidth - e.clientWidth])"
+        assert page.evaluate(f"{edges}(document.documentElement)") == [0, 0]
+        assert page.evaluate(f"{edges}(document.getElementById('viewport'))")[0] > 0
+
+
 def test_everything_can_be_reached_by_keyboard(browser: Browser, local: Catalog) -> None:
     fill(local)
     Gallery(local).refresh()

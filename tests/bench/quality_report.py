@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from tests.bench.intervals import Interval, clustered
+from service.intervals import Interval, clustered
 from ziplora.pocket import Concept, world
 
 COLUMNS = {

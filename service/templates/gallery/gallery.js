@@ -34,6 +34,7 @@
     byId('method').value = methods.length === 1 ? methods[0] : choice.method;
     byId('method').disabled = methods.length < 2;
     document.body.classList.toggle('unscored', !page.scored);
+    byId('compare').hidden = !page.compared;
   }
 
   function draw() {

@@ -41,8 +41,8 @@ def clustered(cells: Cells, *, resamples: int = 4000, seed: int = 0) -> Interval
     rng = np.random.default_rng(seed)
     a = rng.multinomial(len(subjects), [1 / len(subjects)] * len(subjects), size=resamples).astype(float)
     b = rng.multinomial(len(styles), [1 / len(styles)] * len(styles), size=resamples).astype(float)
-    weight = np.einsum("ns,st,nt->n", a, present, b)
-    total = np.einsum("ns,st,nt->n", a, values, b)
+    weight = ((a @ present) * b).sum(1)
+    total = ((a @ values) * b).sum(1)
     means = total[weight > 0] / weight[weight > 0]  # a sparse grid can leave a draw without any pair
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(mean, float(low), float(high), len(cells))
