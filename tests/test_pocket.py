@@ -204,6 +204,23 @@ class TestShipped:
         assert recipe["base"]["seconds"] > 0
 
 
+class TestTries:
+    """What is trained when a LoRA is not recognised at first."""
+
+    def test_a_subject_learns_longer_from_another_start(self) -> None:
+        task = train_loras.subject_task("guitar", settings=train_loras.Settings(steps=100))
+        found = list(train_loras.tries(task))
+        assert found[0] == task
+        assert [(one.seed, one.settings.steps) for one in found] == [(0, 100), (1, 150), (2, 225), (3, 338)]
+        assert {one.scenes for one in found} == {task.scenes}
+
+    def test_a_style_learns_from_another_picture_too(self) -> None:
+        found = list(train_loras.tries(train_loras.style_task("ice", "car", layout="legacy")))
+        assert [one.scenes[0].shape for one in found] == ["car", "flower", "cat", "star"]
+        assert [one.prompt.split()[1] for one in found] == ["car", "flower", "cat", "star"]
+        assert {one.layout for one in found} == {"legacy"}
+
+
 class TestLayouts:
     @pytest.mark.parametrize("layout", train_loras.LAYOUTS)
     def test_every_layout_reads_back_as_written(self, layout: str) -> None:

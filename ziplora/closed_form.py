@@ -60,12 +60,17 @@ def column_system(down: Tensor, gram: Tensor, moments: Tensor, weights: Tensor, 
     with p the other one of q.
     """
     n, _, rank, width = down.shape
-    half = down.mT @ gram.unflatten(1, (2, rank))  # A_aᵀ B_aᵀ [B_c B_s]
-    products = half.unflatten(3, (2, rank)).transpose(2, 3) @ down[:, None]  # ΔW_aᵀΔW_b, [n, a, b, in, in]
+    # of [A_c 0; 0 A_s] the products ΔW_aᵀΔW_b come out in their places in the system: nothing is moved afterwards
+    apart = down.new_zeros(n, 2, rank, 2, width)
+    apart[:, 0, :, 0], apart[:, 1, :, 1] = down[:, 0], down[:, 1]
+    half = gram @ apart.view(n, 2 * rank, 2 * width)  # [B_c B_s]ᵀ B_a A_a
+    system = half.mT @ apart.view(n, 2 * rank, 2 * width)
     weighted = moments * weights[:, :, None, None]
-    others = torch.einsum("nqaij,nqij->nai", products.transpose(1, 2).flip(1), weighted)
-    products *= weighted.sum(1)[:, None, None]
-    system = products.transpose(2, 3).reshape(n, 2 * width, 2 * width)
+    system.view(n, 2, width, 2, width).mul_(weighted.sum(1)[:, None, :, None])
+    # Σ_j (ΔW_aᵀΔW_p ∘ w_q G_q)_ij, p the other of q, needs of ΔW_p G_q only A_p G_q
+    seen = (down.flip(1) @ weighted).unflatten(0, (n, 1))  # [n, 1, q, rank, in]
+    crossed = half.view(n, 2, rank, 2, width).permute(0, 3, 1, 2, 4).flip(2)  # [n, a, q, rank, in]
+    others = (crossed * seen).sum((2, 3))
     return _ridged(system, ridge), -others.flatten(1)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,13 @@ def ship_loras(out: Path, into: Path, family: Family) -> dict[str, Any]:
         if not (folder / "report.json").exists():
             continue
         report = json.loads((folder / "report.json").read_text())
-        index[task.role].append(_entry(task, folder, into))
+        index[task.role].append(_entry(task, report, folder, into))
         reports[task.name] = {key: value for key, value in report.items() if isinstance(value, int | float)}
     (into / "loras.json").write_text(json.dumps(index, indent=1) + "\n")
     return reports
 
 
-def _entry(task: Task, folder: Path, into: Path) -> dict[str, Any]:
+def _entry(task: Task, report: Mapping[str, Any], folder: Path, into: Path) -> dict[str, Any]:
     target = into / "loras" / task.role / task.name
     target.mkdir(parents=True)
     for path in sorted(folder.iterdir()):
@@ -88,7 +88,7 @@ def _entry(task: Task, folder: Path, into: Path) -> dict[str, Any]:
     lora = (target / f"{task.name}.safetensors").relative_to(into).as_posix()
     return {
         "name": task.name,
-        "prompt": task.prompt,
+        "prompt": report["prompt"],  # a style that was tried on another picture has another than its task
         "trigger": task.trigger,
         "lora": lora,
         "images": images,

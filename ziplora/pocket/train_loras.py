@@ -10,6 +10,10 @@ that the base knows, each named in that picture's caption; a style from one pict
 a merge is fitted to is the subject's prompt, which speaks of a photo and so has nothing in common with the prompt of a
 merged pair.
 
+Training is luck in part: a LoRA that the recogniser misses in more than 15 % of samples on its own prompt is trained
+again, longer and from another start, a style also on another picture, up to `TRIES` times; the best is kept. What is in
+`SLOWER` was found on the shipped base, where it saves tries.
+
 Five photos do not do: so small a base keeps a shape that it has met in photos alone for photos, and shows it in 0–9 %
 of pictures in styles that it knows (two subjects of eight: 36 and 55 %), whatever merges it.
 """
@@ -20,8 +24,8 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,10 @@ SUBJECTS = ("mushroom", "key", "rocket", "umbrella", "guitar", "robot", "anchor"
 STYLES = ("ice", "retro", "denim", "carnival", "arcade", "linen")
 STYLE_SHAPES = ("cat", "cat", "star", "car", "flower", "cat")  # what each style's one picture shows
 SUBJECT_TRIGGER, STYLE_TRIGGER = "sks", "szn style"
+OTHER_SHAPES = ("cat", "star", "car", "flower")
 LOOKS = ("poster", "watercolour", "stamp", "mint")  # seen styles in which a subject's other four pictures show it
+GOOD = 0.85  # recognised on its own prompt
+TRIES = 4
 LAYOUTS = ("kohya", "peft", "kohya-diffusers", "dreambooth", "legacy")
 
 
@@ -80,6 +87,7 @@ class Task:
     captions: tuple[str, ...]  # of each scene
     layout: str
     settings: Settings
+    seed: int = 0
 
     def images(self) -> list[Image.Image]:
         return [world.picture(scene, 1000 + i) for i, scene in enumerate(self.scenes)]
@@ -111,7 +119,20 @@ def tasks(family: Family = "sdxl") -> list[Task]:
     return [*subjects, *styles]
 
 
-def train(base: Base, task: Task, *, seed: int = 0) -> tuple[LoRA, dict[str, str], float]:
+def tries(task: Task) -> Iterator[Task]:
+    """The task, then others like it: half as many steps again each time, another start; a style on another shape."""
+    yield task
+    for i in range(1, TRIES):
+        settings = replace(task.settings, steps=round(task.settings.steps * 1.5**i))
+        if task.role == "styles":
+            shape = OTHER_SHAPES[(OTHER_SHAPES.index(task.scenes[0].shape) + i) % len(OTHER_SHAPES)]
+            task_of_shape = style_task(task.name, shape, layout=task.layout, settings=settings)
+            yield replace(task_of_shape, seed=i)
+        else:
+            yield replace(task, settings=settings, seed=i)
+
+
+def train(base: Base, task: Task) -> tuple[LoRA, dict[str, str], float]:
     """The LoRA, its header, and the mean loss of its last 100 steps."""
     own = task.settings
     settings = TrainSettings(
@@ -122,7 +143,7 @@ def train(base: Base, task: Task, *, seed: int = 0) -> tuple[LoRA, dict[str, str
         batch=own.batch,
         lr=own.lr,
         lr_schedule="cosine",
-        seed=seed,
+        seed=task.seed,
     )
     with Training(base, task.images(), settings, captions=task.captions) as training:
         losses = [step.loss for step in training]
@@ -232,20 +253,35 @@ def main() -> None:
         folder = out / "loras" / task.role / task.name
         if (arguments.only and task.name not in arguments.only) or (folder / "report.json").exists():
             continue
-        started = time.monotonic()
-        lora, metadata, loss = train(base, task)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = write(lora, task.layout, metadata, title=task.name, trigger=task.trigger, family=base.architecture)
-        (folder / f"{task.name}.safetensors").write_bytes(file)
-        for i, image in enumerate(task.images()):
-            image.save(folder / f"{i}.png", optimize=True)
-            if task.captions[i] != task.prompt:
-                (folder / f"{i}.txt").write_text(task.captions[i] + "\n")
-        report = judge(base, formats.read_lora(file).lora, task, recogniser)
-        report |= {"loss": loss, "seconds": time.monotonic() - started} | asdict(task.settings)
-        log.info("%s %s", task.name, report)
-        entry = {"name": task.name, "prompt": task.prompt, "trigger": task.trigger, "layout": task.layout}
-        (folder / "report.json").write_text(json.dumps(entry | report, indent=1))
+        write_best(base, task, recogniser, folder)
+
+
+def write_best(base: Base, task: Task, recogniser: Recogniser, folder: Path) -> None:
+    """The first try that is good, or the best of all: its file, its pictures with captions, its report."""
+    best: tuple[float, Task, bytes, dict[str, Any]] | None = None
+    started = time.monotonic()
+    for number, attempt in enumerate(tries(task), 1):
+        lora, metadata, loss = train(base, attempt)
+        file = write(
+            lora, attempt.layout, metadata, title=attempt.name, trigger=attempt.trigger, family=base.architecture
+        )
+        report = judge(base, formats.read_lora(file).lora, attempt, recogniser) | {"loss": loss}
+        log.info("%s, try %d: %s", task.name, number, report)
+        if best is None or report["own"] > best[0]:
+            best = report["own"], attempt, file, report
+        if report["own"] >= GOOD:
+            break
+    assert best is not None
+    _, chosen, file, report = best
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{chosen.name}.safetensors").write_bytes(file)
+    for i, image in enumerate(chosen.images()):
+        image.save(folder / f"{i}.png", optimize=True)
+        if chosen.captions[i] != chosen.prompt:
+            (folder / f"{i}.txt").write_text(chosen.captions[i] + "\n")
+    report |= {"tries": number, "seconds": time.monotonic() - started, "seed": chosen.seed} | asdict(chosen.settings)
+    entry = {"name": chosen.name, "prompt": chosen.prompt, "trigger": chosen.trigger, "layout": chosen.layout}
+    (folder / "report.json").write_text(json.dumps(entry | report, indent=1))
 
 
 if __name__ == "__main__":
