@@ -149,8 +149,11 @@ def main() -> None:
     result["unet_parameters"] = sum(parameter.numel() for parameter in base.unet.parameters())
     result["targets"] = len(base.slots.targets)
     subject, style = (random_lora(base.slots, options.rank, seed, torch.float16) for seed in (1, 2))
-    for name, measure in (("ours", measure_ours), ("dense", measure_dense)):
+    for name, measure in (("ours", measure_ours), ("ours_checkpointed", measure_ours), ("dense", measure_dense)):
+        if name == "ours_checkpointed":  # activations computed twice, not kept
+            base.unet.enable_gradient_checkpointing()
         result[name] = measure(base, subject, style, options, options.device)
+        base.unet.disable_gradient_checkpointing()
         print(name, json.dumps(result[name]), flush=True)
     ours, dense = result["ours"], result["dense"]
     result["ratio"] = {
@@ -158,6 +161,8 @@ def main() -> None:
         "dense_step_over_our_step_and_teachers": dense["seconds_per_step"]
         / (ours["seconds_per_step"] + ours["seconds_of_both_teachers_per_step"]),
         "our_memory_over_dense_memory": ours["peak_bytes_over_base"] / dense["peak_bytes_over_base"],
+        "our_checkpointed_memory_over_dense_memory": result["ours_checkpointed"]["peak_bytes_over_base"]
+        / dense["peak_bytes_over_base"],
     }
     print("ratio", json.dumps(result["ratio"]), flush=True)
     result["file"] = measure_file(base, subject, style)
