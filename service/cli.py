@@ -217,6 +217,11 @@ cli.add_command(report)
 @click.option("--device", default="auto", type=click.Choice(["auto", "cuda", "cpu"]), show_default=True)
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]), show_default=True)
 @click.option(
+    "--compile",
+    is_flag=True,
+    help="Compile the UNet with torch.compile: minutes at each worker's start and for each new rank or picture size.",
+)
+@click.option(
     "--threads",
     default=1,
     type=click.IntRange(min=1),
@@ -270,6 +275,7 @@ def execute(
     workers: int | None,
     device: str,
     dtype: str,
+    compile: bool,
     threads: int,
     metrics_port: int,
     attempts: int,
@@ -296,6 +302,7 @@ def execute(
         base_digest=planned.base.digest,
         device=device,
         dtype=dtype,
+        compile="inductor" if compile else None,
         threads=threads,
     )
     run_id = new_run_id(planned.manifest_digest)

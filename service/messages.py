@@ -20,6 +20,7 @@ class WorkerSettings:
     base_digest: str | None = None  # what the jobs were planned with; None: whatever is there
     device: str = "auto"
     dtype: str = "auto"
+    compile: str | None = None  # a backend of torch.compile for the UNet
     threads: int = 1
     cache_dir: str = ""
     cache_bytes: int = 50 * 2**30

@@ -102,7 +102,9 @@ class Worker:
                 )
             self.base_digest = files.digest
             dtype = self.device.dtype(settings.dtype)
-            return load_base(files.directory, device=self.device.name, dtype=dtype, variant=files.variant)
+            base = load_base(files.directory, device=self.device.name, dtype=dtype, variant=files.variant)
+            base.backend = settings.compile
+            return base
         except (ManifestError, OSError, ValueError) as error:
             raise BadInput(f"base {settings.base} does not load: {error}") from error
 
@@ -391,6 +393,7 @@ class Worker:
             "merge": dict(merged.report),
             "device": self.device.model,
             "dtype": str(self.base.dtype).removeprefix("torch."),
+            "compiled": self.base.backend,
             "merged_beside": one.neighbours,  # other pairs in the same forward pass: they change the last bits
         }
         sides = zip((one.job.subject, one.job.style), one.calibrations, (one.subject, one.style), strict=True)

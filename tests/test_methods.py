@@ -30,9 +30,9 @@ def test_what_the_methods_observe() -> None:
     wanted = {name: method.calibration(method.knobs(), 3) for name, method in METHODS.items()}
     assert wanted["direct"] is None
     assert wanted["ziplora"] == wanted["ziplora-composed"] == CalibrationSettings(100, 3, "separate", None, "none")
-    assert wanted["ziplora-closed"] == CalibrationSettings(32, 3, "separate", None, "inputs")
-    assert wanted["ziplora-matrix"] == wanted["ziplora-refined"]
-    assert wanted["ziplora-matrix"] == CalibrationSettings(32, 3, "separate", None, "inputs+outputs")
+    assert wanted["ziplora-closed"] == CalibrationSettings(16, 3, "separate", None, "inputs")
+    assert wanted["ziplora-matrix"] == CalibrationSettings(16, 3, "separate", None, "inputs+outputs")
+    assert wanted["ziplora-refined"] == CalibrationSettings(32, 3, "separate", None, "inputs+outputs")
 
 
 def test_what_a_pair_costs_in_model_passes() -> None:

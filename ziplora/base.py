@@ -15,6 +15,7 @@ from torch import Tensor
 from ziplora.lora import LoRA, digest
 from ziplora.slots import Slots
 
+COMPILED_FORMS = 64
 PROMPTS_KEPT = 256  # 77 tokens × 2048 values in bf16: 81 MB on SDXL
 
 Architecture = Literal["sdxl", "sd15"]
@@ -48,12 +49,17 @@ def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
 
 @dataclass
 class Base:
-    """A resident pipeline. `slots` covers its UNet and text encoders; nothing here changes a base weight."""
+    """A resident pipeline. `slots` covers its UNet and text encoders; nothing here changes a base weight.
+
+    `backend`: of torch.compile ("inductor"), for the UNet where it runs many times alike: steps of an optimisation and
+    of sampling. None runs it as it is.
+    """
 
     pipeline: Any
     architecture: Architecture
     slots: Slots
     alphas_cumprod: Tensor = field(repr=False)  # [training timesteps], fp32
+    backend: str | None = None
     prompts: OrderedDict[tuple[str, str | None], Conditioning] = field(default_factory=OrderedDict, repr=False)
     _compiled: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -145,7 +151,9 @@ class Base:
 
     def _compiled_unet(self, backend: str) -> Any:
         if backend not in self._compiled:
-            # static shapes: a picture size of its own is worth a compilation of its own
+            # static shapes: a picture size of its own is worth a compilation of its own, and so are LoRAs of other
+            # ranks; beyond the limit (8 by default) the model would silently run as it is
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
             self._compiled[backend] = torch.compile(self.unet, backend=backend, dynamic=False)
         return self._compiled[backend]
 

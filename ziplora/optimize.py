@@ -10,6 +10,8 @@ own.
 With `ComposedKnobs` a third reconstruction term, of the combined prompt (`ziplora.composition`), is weighed by γ.
 
 The UNet's own `enable_gradient_checkpointing()` is honoured: activations are then computed twice instead of kept.
+So is `Base.backend`: mergers and LoRAs are plain tensors to a compiled UNet, which another pair of the same ranks does
+not compile again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,7 +217,7 @@ def eq3_losses(
 ) -> Losses:
     """Eq. 3 of each merge in the slots; noisy and target [merges, 2, rows, c, h, w], timesteps [merges, 2, rows],
     conditioning in the same order."""
-    predicted = base.predict_noise(noisy.flatten(0, 2), timesteps.flatten(), conditioning)
+    predicted = base.predict_noise(noisy.flatten(0, 2), timesteps.flatten(), conditioning, base.backend)
     return Losses(
         reconstruction(predicted.unflatten(0, target.shape[:3]), target, knobs.reconstruction),
         penalty_sum(mergers, knobs.penalty),

@@ -77,8 +77,8 @@ def sample_requests(
     batch: requests per forward pass, LoRAs side by side; worth it where one picture does not fill the GPU. Requests
     whose LoRAs have the same ranks share a pass, and the last one of a kind is padded to full size, so let `batch`
     divide their number. None: one at a time, the same bits in every company (see the module).
-    backend: of torch.compile ("inductor"), for the UNet. One at a time, no LoRA leads to a recompilation; side by
-    side, none of the same ranks does.
+    backend: of torch.compile ("inductor"), for the UNet; the base's own if not given. One at a time, no LoRA leads to a
+    recompilation; side by side, none of the same ranks does.
 
     Raises ValueError for a size that the VAE cannot make, an unknown scheduler or a base that takes its guidance as
     an input, ShapeMismatch for a LoRA of another base; all but the last before anything is sampled.
@@ -333,4 +333,4 @@ def _checked(
         raise ValueError(f"scheduler {scheduler} is unknown; one of {', '.join(SCHEDULERS)}")
     if base.unet.config.time_cond_proj_dim is not None:
         raise ValueError("this base takes its guidance as an input (a distilled model): take the model it comes from")
-    return Settings(steps, guidance, width, height, scheduler, backend)
+    return Settings(steps, guidance, width, height, scheduler, backend or base.backend)

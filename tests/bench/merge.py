@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from tests.bench.dense import dense_layers, dense_step, installed
-from tests.bench.endurance import measure_endurance
+from tests.bench.endurance import measure_endurance, measure_worker
 from tests.bench.measuring import (
     RESULTS,
     PeakMemory,
@@ -459,6 +459,7 @@ def main() -> None:
         del bench
     if "endurance" in options.stages:
         results.stage("endurance", lambda: measure_endurance(200, options.device))
+        results.stage("endurance of the service's worker", lambda: measure_worker(200))
 
 
 if __name__ == "__main__":
