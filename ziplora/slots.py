@@ -120,7 +120,7 @@ class _Folded(torch.autograd.Function):
         of_rows = torch.bmm(inner, _folded(down, mergers)) if ctx.needs_input_grad[0] else None
         of_mergers = None
         if ctx.needs_input_grad[3]:
-            of_folded = torch.bmm(inner.mT, rows).unflatten(1, down.shape[1:3])
+            of_folded = torch.bmm(rows.mT, inner).mT.unflatten(1, down.shape[1:3])
             of_mergers = (of_folded.to(mergers.dtype) * down).sum(2)
         return of_rows, None, None, of_mergers
 
