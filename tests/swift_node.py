@@ -97,9 +97,20 @@ class SwiftNode:
             self._write_backend(etc, kind, self.port + offset)
             self._start(f"{kind}-server", etc / f"{kind}-server.conf")
         self._write_proxy(etc / "proxy-server.conf", self.port)
-        self._start("proxy-server", etc / "proxy-server.conf")
-        for offset in range(4):
+        self.start_proxy()
+        for offset in range(1, 4):
             self._wait_until_open(self.port + offset)
+
+    def start_proxy(self) -> None:
+        self._start("proxy-server", self.directory / "etc" / "proxy-server.conf")
+        self._wait_until_open(self.port)
+
+    def stop_proxy(self) -> None:
+        """Nothing answers at the endpoint until `start_proxy`; what is stored stays."""
+        proxy = next(one for one in self.processes if str(one.args[0]).endswith("proxy-server"))
+        self.processes.remove(proxy)
+        proxy.kill()  # told to end, it would first serve the connections that it has
+        proxy.wait()
 
     def start_tls(self) -> tuple[str, Path]:
         """(https endpoint, certificate to trust): a second proxy over the same objects."""

@@ -25,8 +25,8 @@ from service.plan import plan
 from service.pool import InlinePool, Report
 from service.run import run
 from service.storage import open_store
-from tests.bench.faults import LORAS, ROOT
 from tests.bench.record import save
+from tests.bench.stage import LORAS, ROOT
 from tests.swift_node import swift_node
 
 RESULT = Path(__file__).parent / "results" / "overlap.json"

@@ -23,8 +23,8 @@ from service.metrics import Metrics
 from service.plan import plan
 from service.pool import InlinePool
 from service.run import run
-from tests.bench.faults import ROOT, manifest
 from tests.bench.record import save
+from tests.bench.stage import ROOT, manifest
 from tests.commands import wait_until
 from tests.swift_node import end_with_parent, reserve_ports
 
