@@ -21,11 +21,13 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    """A worker has its base model in memory."""
+    """A worker has its base model in memory. `model` of its GPU, whose memory it may use `n_bytes` of."""
 
     worker: str
     device: str
     load_s: float
+    model: str = ""
+    n_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

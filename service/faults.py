@@ -19,12 +19,14 @@ Fault = Literal["its own", "one of several", "none of its"]
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Attempts per job before it is given up; seconds that one job may take, and that a store may be away; how often a
-    job may come back through no fault of its own (a lost worker, a split) before it counts all the same."""
+    job may come back through no fault of its own (a lost worker, a split) before it counts all the same. `copies`: how
+    many idle workers may do a job as well that another is late with, 0 or 1."""
 
     attempts: int = 3
     deadline_s: float = 3600.0
     outage_s: float = 1800.0
     returns: int = 20
+    copies: int = 1
     no_retry: frozenset[str] = frozenset({"BadInput"})
 
 

@@ -106,7 +106,7 @@ SCORED_STRENGTH = 1.0  # samples of other style strengths are there to show what
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A pair with everything that changes its result. `job_id` is computed, never given."""
+    """A pair with everything that changes its result, and when it comes. `job_id` is computed, never given."""
 
     base: BaseRef
     subject: Concept
@@ -117,6 +117,7 @@ class Job:
     samples: SampleSettings
     outputs: tuple[str, ...] = ()  # objects on request: "peft" = the merged file's PEFT-layout twin
     scorers: Scorers = NO_SCORERS
+    priority: int = 0  # higher goes first; changes nothing about the result, so it is no part of the identity
     job_id: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Collection, Mapping
 PRIOR_WEIGHT = 1.0  # in jobs: operation counts are right within a factor, one finished job is better
 MEMORY = 20.0  # jobs; older ones fade, since the first of a run calibrate more than the later ones
 WORKER_MEMORY = 5.0  # jobs by which a worker's own speed is judged
+SHARE_MEMORY = 50.0  # jobs by which the share of a worker's time that goes into stages is judged
+SHARE_LEAST = 5.0  # jobs before that share is believed
+OF_A_LORA = frozenset({"fetch", "calibrate"})  # stages that a worker goes through once per LoRA, not per pair
 OVERLAPPED = frozenset({"commit"})  # stages that run behind the next job's
 HUNG = 20.0  # times what it should take: a straggler is slow, not hung
 HUNG_S = 120.0  # and never less
@@ -33,20 +36,37 @@ class Pace:
     def __init__(self, prior_s: float | None = None) -> None:
         self.prior_s = prior_s
         self._jobs: dict[str, _Mean] = {}
+        self._own: dict[str, _Mean] = {}  # the same without what is done once per LoRA
         self._stages: dict[str, _Mean] = {}
         self._workers: dict[str, _Mean] = {}
+        self._in_stages, self._passed = _Mean(SHARE_MEMORY), _Mean(SHARE_MEMORY)
+        self._lora_s = self._loras = 0.0  # seconds spent on so many LoRAs
 
-    def learn(self, method: str, worker: str, stages: Mapping[str, float]) -> None:
-        """A job of `method` was committed; `stages` in seconds."""
+    def learn(self, method: str, worker: str, stages: Mapping[str, float], passed_s: float | None = None) -> None:
+        """A job of `method` was committed; `stages` in seconds. passed_s: since the worker's last one, or since it
+        began to work: what goes beyond the stages is lost between them."""
         seconds = sum(seconds for stage, seconds in stages.items() if stage not in OVERLAPPED)
+        once = sum(stages.get(stage, 0.0) for stage in OF_A_LORA)
         if method not in self._jobs:
             self._jobs[method] = _Mean(MEMORY, self.prior_s or 0.0, PRIOR_WEIGHT if self.prior_s else 0.0)
-        usual = self._jobs[method].value if self._jobs[method].weight > PRIOR_WEIGHT else seconds
-        self._workers.setdefault(worker, _Mean(WORKER_MEMORY)).add(seconds / usual if usual > 0 else 1.0)
+            self._own[method] = _Mean(MEMORY)
+        own = seconds - once  # whom the new LoRAs fall to is chance
+        usual = self._own[method].value if self._own[method].weight else own
+        self._workers.setdefault(worker, _Mean(WORKER_MEMORY)).add(own / usual if usual > 0 else 1.0)
         # a straggler's seconds say how slow it is, not how long the method takes
-        self._jobs[method].add(seconds / max(1.0, self.slowness(worker)))
+        slowness = max(1.0, self.slowness(worker))
+        self._jobs[method].add(seconds / slowness)
+        self._own[method].add(own / slowness)
+        self._lora_s += once / slowness
         for stage, value in stages.items():
             self._stages.setdefault(stage, _Mean(MEMORY)).add(value)
+        if passed_s is not None:
+            self._in_stages.add(seconds)
+            self._passed.add(passed_s)
+
+    def learn_loads(self, loras: int) -> None:
+        """So many LoRAs were new to a worker in its tile."""
+        self._loras += loras
 
     def forget(self, worker: str) -> None:
         """Its place may be taken by another machine."""
@@ -83,10 +103,40 @@ class Pace:
             return limit
         return min(limit, max(HUNG_S, HUNG * seconds * side_by_side))
 
-    def seconds_left(self, left: Mapping[str, int], workers: Collection[str]) -> float | None:
-        """Until the last job is done: `left` by method, over workers of the speeds they showed. None: nobody knows."""
-        times = [(number, self.job_s(method)) for method, number in left.items()]
-        if not workers or any(seconds is None for _, seconds in times):
+    def work_s(self, left: Mapping[str, int], loads: float | None = None) -> float | None:
+        """Seconds that what is left takes one usual worker: `left` jobs by method. None: nobody knows.
+
+        loads: LoRAs that are yet to be loaded, where that is known: the first pairs of a block pay for the later ones.
+        """
+        seconds = 0.0
+        for method, number in left.items():
+            job_s = self.job_s(method) if loads is None else self._own_s(method)
+            if job_s is None:
+                return None
+            seconds += number * job_s
+        return seconds + (loads * self._lora_s / self._loras if loads and self._loras else 0.0)
+
+    def seconds_left(
+        self, left: Mapping[str, int], workers: Collection[str], loads: float | None = None
+    ) -> float | None:
+        """Until the last job is done, over workers of the speeds they showed. None: nobody knows.
+
+        The pace is that of workers at work: loading a base and being away are not in it, so that who joins or leaves
+        changes the estimate at once.
+        """
+        work, n_jobs = self.work_s(left, loads), sum(left.values())
+        if not workers or not n_jobs or work is None:
             return None
-        work = sum(number * seconds for number, seconds in times if seconds is not None)
-        return work / sum(1 / self.slowness(worker) for worker in workers)
+        speed = sum(1 / self.slowness(worker) for worker in workers) * min(1.0, n_jobs / len(workers))
+        ragged = (1 - 1 / len(workers)) / 2 * work / n_jobs  # the last jobs end one by one: half of one on average
+        return work / speed / self._share() + ragged
+
+    def _own_s(self, method: str) -> float | None:
+        """Seconds of a job without what is done once per LoRA; while no load was counted, with it."""
+        return self._own[method].value if self._loras and method in self._own else self.job_s(method)
+
+    def _share(self) -> float:
+        """Of a worker's time, what went into stages of late; the rest is lost between them."""
+        if self._passed.weight < SHARE_LEAST or self._in_stages.value <= 0:
+            return 1.0
+        return min(1.0, max(0.1, self._in_stages.value / max(self._passed.value, 1e-9)))

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker has loaded its base and is free."""
+    """A worker has loaded its base and is free. `model` of its GPU, whose memory it may use `n_bytes` of."""
 
     worker: str
     device: str
     load_s: float
+    model: str = ""
+    n_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,10 @@ class Pool(Protocol):
         """End workers beyond `size`, those that have yet to load first, then of the `spare` ones; which were ended."""
         ...
 
+    def grow(self, size: int) -> None:
+        """So many workers have enough to do: start those that are missing, within the pool's own limits."""
+        ...
+
     def replace(self, worker: str) -> None:
         """End a free worker that is leaving, and start another in its place where there is room."""
         ...
@@ -106,7 +112,8 @@ class InlinePool:
 
                 self._make = Worker
             self._worker = self._make(self._settings)
-            return [Ready("inline", self._worker.device.name, self._worker.load_s)]
+            device = self._worker.device
+            return [Ready("inline", device.name, self._worker.load_s, device.model, device.n_bytes)]
         if self._messages is None:
             time.sleep(timeout_s)
             return []
@@ -117,6 +124,9 @@ class InlinePool:
 
     def shrink(self, size: int, spare: Iterable[str]) -> Sequence[str]:
         return []
+
+    def grow(self, size: int) -> None:
+        pass
 
     def replace(self, worker: str) -> None:
         pass

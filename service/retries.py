@@ -2,7 +2,7 @@
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from service.faults import ELSEWHERE_S, Fault, History, Limits, Verdict, after_failure
@@ -40,6 +40,10 @@ class Retries:
         """Those that ended and counted."""
         return self._history[job_id].attempts if job_id in self._history else 0
 
+    def knows(self, job_id: str) -> bool:
+        """Whether it ever failed."""
+        return job_id in self._history
+
     def judge(self, job: Job, kind: str, fault: Fault, now: float, jitter: float) -> Verdict:
         """What becomes of a job that failed; remembered."""
         before = self._history.get(job.job_id, History())
@@ -57,13 +61,16 @@ class Retries:
         until = due + ELSEWHERE_S if verdict.elsewhere else 0.0
         heapq.heappush(self._waiting, Retry(due, next(self._numbers), tuple(jobs), worker, until))
 
-    def take(self, worker: str, now: float, only_worker: bool) -> tuple[Job, ...]:
+    def take(
+        self, worker: str, now: float, only_worker: bool, fits: Callable[[Job], bool] = lambda job: True
+    ) -> tuple[Job, ...]:
         """Jobs whose time has come, and that need not wait for another worker than this; none, if there are none."""
         passed: list[Retry] = []
         found: Retry | None = None
         while self._waiting and self._waiting[0].due <= now and found is None and len(passed) < LOOKS:
             retry = heapq.heappop(self._waiting)
-            if retry.worker == worker and now < retry.elsewhere_until and not only_worker:
+            waits = retry.worker == worker and now < retry.elsewhere_until and not only_worker
+            if waits or not all(fits(job) for job in retry.jobs):
                 passed.append(retry)
             else:
                 found = retry

@@ -6,22 +6,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from service import events
+from service.boards import Boards
 from service.catalog import Catalog
 from service.errors import NotFound, RunStopped, ServiceError, StorageError, WorkerLost
 from service.events import Event, Observer
 from service.faults import Breaker, Fault, Limits, backoff_s
+from service.hands import Hand, late_jobs
 from service.jobs import Job
 from service.messages import Began, JobResult, Stalled, Tile, TileDone
 from service.pace import Pace
 from service.pool import Leaving, Lost, Pool, Ready, Report, Said
 from service.records import FailureRecords
 from service.retries import Retries
-from service.tiles import Board, cut, tile_size
+from service.tiles import copies, tile_size, workers_wanted
 
 POLL_S = 0.5
 OUTLOOK_S = 5.0  # between two estimates of the end
+COPY_LOOK_S = 2.0  # between two looks for jobs that an idle worker shall do as well
 SICK_AFTER = 5  # jobs that fail one after another on a worker, before it rests
 SICK_S = (30.0, 600.0)  # for how long, at first and at most
 
@@ -36,21 +40,6 @@ class Progress:
     given_up: list[tuple[Job, str]] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class Hand:
-    """What a worker has in hand. `given`: jobs without a result, by id; `begun` of them were announced, `now` are being
-    merged; `tile` are the ids of its current tile."""
-
-    given: dict[str, Job] = field(default_factory=dict)
-    tile: tuple[str, ...] = ()
-    begun: set[str] = field(default_factory=set)
-    now: tuple[str, ...] = ()
-    held: frozenset[str] = frozenset()
-    side_by_side: int = 1
-    leaving: bool = False
-    failures: int = 0  # of jobs, one after another
-
-
 def run(
     jobs: Sequence[Job],
     pool: Pool,
@@ -61,16 +50,18 @@ def run(
     limits: Limits | None = None,
     observers: Iterable[Observer] = (),
     prior_s: float | None = None,
+    need: Callable[[Job], int] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
     """Do `jobs`; every one ends committed, or given up with a reason that is recorded in the catalog.
 
-    prior_s: seconds that a job is thought to take. KeyboardInterrupt ends the run at once: what is committed stays, the
+    prior_s: seconds that a job is thought to take. need: bytes of a GPU's memory that it is thought to need, see
+    boards.py. KeyboardInterrupt ends the run at once: what is committed stays, the
     rest is as if it had not been started. Raises what ended the last worker when none is left (BadInput if the base
     loads nowhere), and RunStopped when most jobs fail for one reason.
     """
     records = FailureRecords(catalog)
-    loop = _Loop(jobs, pool, records, limits or Limits(), tuple(observers), Pace(prior_s), clock)
+    loop = _Loop(jobs, pool, records, limits or Limits(), tuple(observers), Pace(prior_s), need, clock)
     started = clock()
     loop.tell(events.RunStarted(run_id, catalog.store.url, len(jobs) + already, already, pool.size))
     interrupted = False
@@ -99,11 +90,12 @@ class _Loop:
         limits: Limits,
         observers: Sequence[Observer],
         pace: Pace,
+        need: Callable[[Job], int] | None,
         clock: Callable[[], float],
     ) -> None:
         self.pool, self.records, self.limits, self.observers = pool, records, limits, observers
         self.pace, self.clock = pace, clock
-        self.board = Board(cut(jobs, pool.size))
+        self.board = Boards(jobs, pool.size, need)
         self.progress = Progress(len(jobs))
         self.left = Counter(job.method for job in jobs)  # not settled, by method
         self.hands: dict[str, Hand] = {}  # of workers that are ready
@@ -115,7 +107,8 @@ class _Loop:
         self.breaker = Breaker()
         self.random = random.Random(0)  # jitter only
         self.last_loss: ServiceError | None = None
-        self.next_look = self.next_outlook = 0.0
+        self.copied: set[str] = set()  # jobs that two workers were given
+        self.next_look = self.next_outlook = self.next_copies = 0.0
 
     def tell(self, event: Event) -> None:
         for observer in self.observers:
@@ -130,7 +123,7 @@ class _Loop:
                 self._feed(next(iter(self.free)))
             for report in self.pool.wait(POLL_S):
                 self._take(report)
-            if self.pool.size > self.progress.left:
+            if self.pool.size > self._useful():
                 self._shrink()
 
     # Out
@@ -144,8 +137,13 @@ class _Loop:
             self.resting.clear()
         if now >= self.next_outlook:
             self.next_outlook = now + OUTLOOK_S
-            seconds = self.pace.seconds_left(self.left, self.hands)
+            seconds = self.pace.seconds_left(self.left, self.hands, self.board.loads)
+            self.pool.grow(workers_wanted(self.pace.work_s(self.left, self.board.loads), self.progress.left))
             self.tell(events.Outlook(self.progress.left, len(self.hands), seconds, self.pace.stages()))
+
+        if self.resting and not self.board.left and now >= self.next_copies:
+            self.next_copies = now + COPY_LOOK_S
+            self._copy(now)
 
     def _feed(self, worker: str) -> None:
         del self.free[worker]
@@ -160,10 +158,41 @@ class _Loop:
         if tile is None:
             self.resting[worker] = None
             return
+        self._give(worker, hand, tile)
+
+    def _give(self, worker: str, hand: Hand, tile: Tile) -> None:
+        if not hand.given:
+            hand.since = self.clock()
         hand.given.update((job.job_id, job) for job in tile.jobs)
         hand.tile = tuple(job.job_id for job in tile.jobs)
         self.pool.start(worker, tile, self._deadline_s(worker, hand, tile))
         self.tell(events.TileStarted(worker, len(tile.jobs)))
+
+    def _copy(self, now: float) -> None:
+        """At the end, when nothing is left to give out: idle workers also do what others will be late with."""
+        if not self.limits.copies:
+            return
+        late = [
+            one
+            for worker, hand in self.hands.items()
+            for one in late_jobs(hand, now, partial(self._learned_s, worker))
+            if one[1].job_id not in self.copied and not self.retries.knows(one[1].job_id)
+        ]
+        idle = [
+            (self.pace.learned_s(None, worker) or 0.0, worker) for worker in self.resting if worker not in self.sick
+        ]
+        for worker, job in copies(late, idle):
+            if self.board.fits(job, worker):
+                del self.resting[worker]
+                self.copied.add(job.job_id)
+                self._give(worker, self.hands[worker], Tile((job,)))
+
+    def _learned_s(self, worker: str, job: Job) -> float | None:
+        return self.pace.learned_s(job.method, worker)
+
+    def _useful(self) -> int:
+        """Workers that could have something to do: as many as jobs, twice if each may be copied."""
+        return self.progress.left * (1 + bool(self.limits.copies and self.pace.stages()))
 
     def _deadline_s(self, worker: str, hand: Hand, tile: Tile) -> float:
         if not tile.jobs:
@@ -177,7 +206,7 @@ class _Loop:
         now = self.clock()
         if self.sick.get(worker, 0.0) > now:
             return None
-        jobs = self.retries.take(worker, now, only_worker=self.pool.size == 1)
+        jobs = self.retries.take(worker, now, self.pool.size == 1, lambda job: self.board.fits(job, worker))
         if jobs:
             return Tile(jobs)
         method = None if len(self.left) > 1 else next(iter(self.left))
@@ -187,11 +216,12 @@ class _Loop:
 
     def _shrink(self) -> None:
         spare = [worker for worker in (*self.resting, *self.free) if not self.hands[worker].given]
-        for worker in self.pool.shrink(self.progress.left, spare):
+        for worker in self.pool.shrink(self._useful(), spare):
             self.hands.pop(worker, None)
             self.free.pop(worker, None)
             self.resting.pop(worker, None)
             self.board.release(worker)
+            self.board.leave(worker)
 
     # In
 
@@ -200,17 +230,22 @@ class _Loop:
             case Ready():
                 self.hands[report.worker] = Hand()
                 self.free[report.worker] = None
-                self.tell(events.WorkerReady(report.worker, report.device, report.load_s))
+                self.board.join(report.worker, report.n_bytes)
+                self.tell(events.WorkerReady(report.worker, report.device, report.load_s, report.model, report.n_bytes))
             case Said(worker, Began(job_ids)):
                 self._begun(worker, self.hands[worker], job_ids)
             case Said(worker, JobResult() as result):
                 hand = self.hands[worker]
                 hand.begun.discard(result.job_id)
-                self._settle(hand.given.pop(result.job_id), worker, result)
+                if result.job_id in hand.done_elsewhere:
+                    hand.done_elsewhere.remove(result.job_id)
+                else:
+                    self._settle(hand.given.pop(result.job_id), worker, result)
             case Said(worker, TileDone() as done):
                 hand = self.hands[worker]
                 hand.now, hand.tile, hand.held, hand.side_by_side = (), (), done.held, done.side_by_side
                 self.free[worker] = None
+                self.pace.learn_loads(done.misses.get("lora", 0))
                 self.tell(events.TileFinished(worker, done))
             case Said(worker, Stalled(reason)):
                 self.tell(events.WorkerStalled(worker, reason))
@@ -220,12 +255,25 @@ class _Loop:
                 self._leave(report.worker, report.reason)
 
     def _begun(self, worker: str, hand: Hand, job_ids: tuple[str, ...]) -> None:
-        hand.now = job_ids
-        hand.begun.update(job_ids)
+        hand.now, hand.merging_since = job_ids, self.clock()
         for job_id in job_ids:
-            attempt = self.retries.attempts(job_id) + 1
-            self.progress.attempts[job_id] = attempt
-            self.tell(events.JobStarted(hand.given[job_id], worker, attempt))
+            if job_id not in hand.given:  # done by another meanwhile
+                continue
+            twin = self._twin(job_id, worker)
+            hand.begun.add(job_id)
+            if twin is None or job_id not in self.hands[twin].begun:
+                self._started(hand.given[job_id], worker)
+
+    def _started(self, job: Job, worker: str) -> None:
+        attempt = self.retries.attempts(job.job_id) + 1
+        self.progress.attempts[job.job_id] = attempt
+        self.tell(events.JobStarted(job, worker, attempt))
+
+    def _twin(self, job_id: str, worker: str) -> str | None:
+        """The other worker that has the job in hand."""
+        if job_id not in self.copied:
+            return None
+        return next((other for other, hand in self.hands.items() if other != worker and job_id in hand.given), None)
 
     def _leave(self, worker: str, reason: str) -> None:
         self.tell(events.WorkerGone(worker, reason, True))
@@ -245,6 +293,7 @@ class _Loop:
         hand = self.hands.pop(worker, None)
         self.free.pop(worker, None)
         self.resting.pop(worker, None)
+        self.board.leave(worker)
         if hand is None:
             return
         if not hand.now:  # it never came to say what it was merging, so it may be anything of its tile
@@ -252,13 +301,14 @@ class _Loop:
         suspects = [job_id for job_id in hand.now if job_id in hand.given]
         jobs = [hand.given.pop(job_id) for job_id in suspects]
         not_begun = [job for job_id, job in hand.given.items() if job_id not in hand.begun]
-        self.board.add(not_begun)
+        self.board.add([job for job in not_begun if self._twin(job.job_id, worker) is None])
         self._release(worker)
         kind, reason = type(report.error).__name__, str(report.error)
         for job_id in hand.begun & hand.given.keys():  # uploading: whoever takes them up looks for their entries first
             self._failed([hand.given[job_id]], worker, "none of its", JobResult(job_id, "failed", kind, reason))
-        fault: Fault = "none of its" if report.preempted else "its own" if len(jobs) == 1 else "one of several"
-        if fault == "its own" and self._is_committed(jobs[0]):  # it died after the commit
+        n_suspects = len(jobs) + sum(job_id in hand.done_elsewhere for job_id in hand.now)
+        fault: Fault = "none of its" if report.preempted else "its own" if n_suspects == 1 else "one of several"
+        if fault == "its own" and jobs and self._is_committed(jobs[0]):  # it died after the commit
             self._settle(jobs[0], worker, JobResult(jobs[0].job_id, "already"))
             return
         half = (len(jobs) + 1) // 2
@@ -285,6 +335,7 @@ class _Loop:
             self._failed([job], worker, "its own", result)
             return
         self.progress.committed.append(job)
+        self.progress.attempts[job.job_id] = self.retries.attempts(job.job_id) + 1
         self._end(job)
         self.breaker.note(None)
         if (hand := self.hands.get(worker)) is not None and hand.failures:
@@ -292,7 +343,10 @@ class _Loop:
             self.sick.pop(worker, None)
         already = result.status == "already"
         if not already:
-            self.pace.learn(job.method, worker, result.stages)
+            now = self.clock()
+            self.pace.learn(job.method, worker, result.stages, now - hand.since if hand is not None else None)
+            if hand is not None:
+                hand.since = now
             self.board.slowness[worker] = self.pace.slowness(worker)
         self.tell(
             events.JobCommitted(
@@ -304,12 +358,19 @@ class _Loop:
     def _failed(self, jobs: list[Job], worker: str, fault: Fault, result: JobResult) -> None:
         """`jobs` ended together; those that are tried again stay together unless the verdict says otherwise."""
         kind, reason, now = result.kind or "Defect", result.reason or "", self.clock()
+        if kind == "OutOfMemory" and fault == "its own" and len(jobs) == 1 and self.board.too_large(jobs[0], worker):
+            fault = "none of its"  # a larger worker will do it
         again: list[Job] = []
         for job in jobs:
             verdict = self.retries.judge(job, kind, fault, now, self.random.random())
             attempt = self.progress.attempts[job.job_id]
-            self.tell(events.JobFailed(job, worker, attempt, kind, reason, verdict.retry, verdict.counts))
-            if verdict.retry:
+            twin = self._twin(job.job_id, worker) if kind not in self.limits.no_retry else None
+            retry = verdict.retry or twin is not None
+            self.tell(events.JobFailed(job, worker, attempt, kind, reason, retry, verdict.counts))
+            if twin is not None:  # which is at it still
+                if job.job_id in self.hands[twin].begun:
+                    self._started(job, twin)
+            elif verdict.retry:
                 again.append(job)
             else:
                 self._give_up(job, kind, reason, result.traceback or "")
@@ -359,3 +420,8 @@ class _Loop:
         if not self.left[job.method]:
             del self.left[job.method]
         self.retries.forget(job.job_id)
+        if job.job_id in self.copied:
+            for hand in self.hands.values():
+                if hand.given.pop(job.job_id, None) is not None:
+                    hand.begun.discard(job.job_id)
+                    hand.done_elsewhere.add(job.job_id)

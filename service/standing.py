@@ -6,8 +6,6 @@ nothing but the freshness of this record.
 
 import json
 import threading
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -44,18 +42,10 @@ class Standing:
 class StandingRecord:
     """`observe` takes events; `close` writes the last word and ends the thread."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        run_id: str,
-        every_s: float = EVERY_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._catalog, self._run_id, self._every_s, self._clock = catalog, run_id, every_s, clock
+    def __init__(self, catalog: Catalog, run_id: str, every_s: float = EVERY_S) -> None:
+        self._catalog, self._run_id, self._every_s = catalog, run_id, every_s
         self._lock = threading.Lock()
         self._standing: Standing | None = None
-        self._since: tuple[float, int] | None = None  # when the first job of this run was settled, and how many then
-        self._before = 0  # committed before this run
         self._ready: set[str] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="standing", daemon=True)
@@ -63,7 +53,7 @@ class StandingRecord:
     def observe(self, event: events.Event) -> None:
         with self._lock:
             if isinstance(event, events.RunStarted):
-                started, self._before = _now(), event.committed
+                started = _now()
                 self._standing = Standing(
                     self._run_id, "running", event.jobs, event.committed, 0, 0, started=started, updated=started
                 )
@@ -92,19 +82,11 @@ class StandingRecord:
                 now = replace(now, given_up=now.given_up + 1)
             case events.RunFinished():
                 now = replace(now, state="interrupted" if event.interrupted or event.left else "finished")
+            case events.Outlook():
+                now = replace(now, eta_s=event.seconds)
             case _:
                 return now
-        return replace(now, workers=len(self._ready), eta_s=self._eta_s(now))
-
-    def _eta_s(self, now: Standing) -> float | None:
-        """What is left, at the rate since the first job of this run was done."""
-        settled, at = now.jobs - now.left, self._clock()
-        if self._since is None:
-            if settled > self._before:
-                self._since = (at, settled)
-            return None
-        since, first = self._since
-        return (at - since) / (settled - first) * now.left if settled > first else None
+        return replace(now, workers=len(self._ready))
 
     def _keep(self) -> None:
         written = None

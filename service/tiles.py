@@ -8,7 +8,7 @@ A block is where a worker stays; a tile is the part of it that it is given at a 
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 
@@ -19,6 +19,8 @@ TILE_SIDE = 16
 TILE_S = (2.0, 120.0)  # seconds of work in a tile: less costs calls, more makes the end of a run ragged
 TILES_AT_THE_END = 4  # for each worker, in what is left: so tiles shrink as the end comes near
 LOOKS = 8  # blocks looked at for each LoRA that a worker holds
+COPY_GAIN = 1.5  # a second worker is given a job that takes its holder so many times what it would take the second
+WORTH_S = 300.0  # of work for each worker, before one more is worth its start
 
 
 def cut(jobs: Sequence[Job], workers: int, side: int = TILE_SIDE) -> list[tuple[Job, ...]]:
@@ -118,13 +120,35 @@ def tile_size(job_s: float | None, left: int, workers: int, side_by_side: int) -
     return max(1, side_by_side, int(seconds / job_s)) if left > workers else 1
 
 
+def copies(late: Iterable[tuple[float, Job]], idle: Iterable[tuple[float, str]]) -> Iterator[tuple[str, Job]]:
+    """(worker, job) for jobs of others that idle workers shall do as well. The first entry in the catalog counts, so a
+    copy costs nothing but the idle worker's time.
+
+    late: seconds until a job's holder will have done it, as far as is known. idle: seconds that a job takes a worker.
+    The latest go to the fastest, while that is well before the holder would be done.
+    """
+    order = sorted(late, key=lambda one: -one[0])
+    for (seconds, job), (own_s, worker) in zip(order, sorted(idle), strict=False):
+        if seconds < COPY_GAIN * own_s:
+            return
+        yield worker, job
+
+
+def workers_wanted(work_s: float | None, jobs: int) -> int:
+    """How many workers the work left is worth: each shall have WORTH_S of it, and a job at least. work_s: seconds on
+    one worker; None while nobody knows, and then no more than one."""
+    if work_s is None:
+        return min(1, jobs)
+    return min(jobs, math.ceil(work_s / WORTH_S))
+
+
 class Board:
     """What is left of the grid. Every operation costs the jobs that it moves and a logarithm of the blocks, never a
     look at all of them: a million pairs have four thousand blocks."""
 
-    def __init__(self, blocks: Iterable[Sequence[Job]] = ()) -> None:
+    def __init__(self, blocks: Iterable[Sequence[Job]] = (), slowness: Mapping[str, float] | None = None) -> None:
         self.left = 0
-        self.slowness: dict[str, float] = {}  # of workers that are slower or faster than the usual 1.0
+        self.slowness = {} if slowness is None else slowness  # of workers that are not as fast as the usual 1.0
         self._blocks: dict[int, deque[Job]] = {}
         self._free: dict[int, None] = {}  # blocks that nobody works on, in order
         self._needing: dict[str, dict[int, None]] = {}  # LoRA → free blocks that need it
@@ -132,8 +156,16 @@ class Board:
         self._worker: dict[int, str] = {}  # block → worker
         self._longest: list[tuple[float, int]] = []  # a heap of (−work left, block), corrected when it is looked at
         self._numbers = 0
+        self._loras: dict[int, int] = {}  # free block → LoRAs that it needs
+        self._free_loads = 0  # their sum
+        self._new: dict[int, float] = {}  # block at work → LoRAs that are new to its worker, per job
         for block in blocks:
             self.add(block)
+
+    @property
+    def loads(self) -> float:
+        """LoRAs that workers will have to load for what is left."""
+        return self._free_loads + sum(len(self._blocks[number]) * new for number, new in self._new.items())
 
     def add(self, jobs: Sequence[Job]) -> None:
         """A block of work that nobody has: at the start, or what came back from a worker that was lost."""
@@ -155,7 +187,7 @@ class Board:
                 number = self._steal()
             if number is None:
                 return None
-            self._claim(worker, number)
+            self._claim(worker, number, held)
         block = self._blocks[number]
         jobs = tuple(block.popleft() for _ in range(min(n, len(block))))
         self.left -= len(jobs)
@@ -173,13 +205,21 @@ class Board:
 
     def remove(self, lora: str) -> list[Job]:
         """Take out, and return, every job that needs this LoRA."""
+        needing = [*self._needing.get(lora, ()), *self._worker]
+        return self._pull(needing, lambda job: lora in (job.subject.lora_sha256, job.style.lora_sha256))
+
+    def pull(self, wanted: Callable[[Job], bool]) -> list[Job]:
+        """Take out, and return, every such job. Looks at all of them."""
+        return self._pull(list(self._blocks), wanted)
+
+    def _pull(self, numbers: Iterable[int], wanted: Callable[[Job], bool]) -> list[Job]:
         removed: list[Job] = []
-        for number in [*self._needing.get(lora, ()), *self._worker]:
+        for number in numbers:
             free, block = number in self._free, self._blocks[number]
-            kept = [job for job in block if lora not in (job.subject.lora_sha256, job.style.lora_sha256)]
+            kept = [job for job in block if not wanted(job)]
             if len(kept) == len(block):
                 continue
-            removed += [job for job in block if lora in (job.subject.lora_sha256, job.style.lora_sha256)]
+            removed += [job for job in block if wanted(job)]
             if free:
                 self._unset_free(number)
             block.clear()
@@ -222,22 +262,30 @@ class Board:
 
     def _set_free(self, number: int) -> None:
         self._free[number] = None
-        for lora in loras(self._blocks[number]):
+        needed = loras(self._blocks[number])
+        self._loras[number] = len(needed)
+        self._free_loads += len(needed)
+        self._new.pop(number, None)
+        for lora in needed:
             self._needing.setdefault(lora, {})[number] = None
 
     def _unset_free(self, number: int) -> None:
         if self._free.pop(number, 0) is None:
+            self._free_loads -= self._loras.pop(number)
             for lora in loras(self._blocks[number]):
                 self._needing.get(lora, {}).pop(number, None)
 
-    def _claim(self, worker: str, number: int) -> None:
+    def _claim(self, worker: str, number: int, held: Iterable[str]) -> None:
         self._unset_free(number)
+        self._new[number] = len(loras(self._blocks[number]).difference(held)) / len(self._blocks[number])
         self._own[worker], self._worker[number] = number, worker
         heapq.heappush(self._longest, (-self._work(number), number))
 
     def _drop(self, number: int) -> None:
         """An empty block is nobody's."""
-        self._free.pop(number, None)
+        if self._free.pop(number, 0) is None:
+            self._free_loads -= self._loras.pop(number)
+        self._new.pop(number, None)
         worker = self._worker.pop(number, None)
         if worker is not None:
             del self._own[worker]

@@ -118,7 +118,7 @@ def test_altered_or_foreign_text_is_refused():
     with pytest.raises(ValueError, match="altered, or sent by another version"):
         from_json(json.dumps(altered))
     with pytest.raises(ValueError, match="not a job as this version writes it"):
-        from_json(json.dumps(altered | {"priority": 1}))
+        from_json(json.dumps(altered | {"colour": 1}))
     with pytest.raises(ValueError, match="not a job"):
         from_json("[]")
 

@@ -65,3 +65,23 @@ def test_the_end_is_the_work_left_over_the_workers_speeds() -> None:
     assert pace.seconds_left({"ziplora": 100}, ["a", "b"]) == pytest.approx(500, rel=0.01)
     assert pace.seconds_left({"ziplora": 100, "direct": 1}, ["a"]) is None
     assert pace.seconds_left({"ziplora": 100}, []) is None
+
+
+def test_what_is_done_once_per_lora_is_not_expected_of_every_pair() -> None:
+    pace = Pace()
+    for loads in (2, 1, 1, 0):  # the first pairs calibrate, the later ones find it done
+        pace.learn("ziplora", "a", {"calibrate": 30.0 * loads, "merge": 10.0})
+        pace.learn_loads(loads)
+    assert pace.seconds_left({"ziplora": 10}, ["a"], loads=0) == pytest.approx(100.0)
+    assert pace.seconds_left({"ziplora": 10}, ["a"], loads=2) == pytest.approx(160.0)
+
+
+def test_time_lost_between_stages_counts_and_who_leaves_is_missed_at_once() -> None:
+    pace = Pace()
+    for _ in range(20):
+        pace.learn("ziplora", "a", {"merge": 10.0}, passed_s=12.5)
+    assert pace.seconds_left({"ziplora": 100}, ["a"]) == pytest.approx(1250)
+    both, one = (pace.seconds_left({"ziplora": 100}, workers) for workers in (["a", "b"], ["a"]))
+    assert both is not None
+    assert one is not None
+    assert one == pytest.approx(2 * both, rel=0.02)

@@ -65,10 +65,50 @@ def test_a_poison_pair_is_isolated_and_its_neighbours_lose_no_attempt(tmp_path: 
 
 
 def test_a_worker_that_hangs_is_ended_at_its_deadline_and_only_its_job_pays(tmp_path: Path) -> None:
-    made = Run(tmp_path, World(hangs=frozenset({"subject1/style1"})), grid(4, 4), limits=Limits(deadline_s=500))
+    limits = Limits(deadline_s=500, copies=0)
+    made = Run(tmp_path, World(hangs=frozenset({"subject1/style1"})), grid(4, 4), limits=limits)
     made.drive()
     assert made.attempts() == {job.pair: 2 if job.pair == "subject1/style1" else 1 for job in made.jobs}
     assert [event.kind for event in made.failed(counts=True)] == ["DeadlineExceeded"]
+
+
+def test_what_hangs_at_the_end_is_done_by_an_idle_worker(tmp_path: Path) -> None:
+    jobs = grid(4, 4)
+    last = jobs[-1].pair
+    made = Run(tmp_path, World(hangs=frozenset({last})), jobs, limits=Limits(deadline_s=5000))
+    made.drive()
+    assert set(made.attempts().values()) == {1}
+    assert made.pool.now < 1000
+    assert not made.failed(counts=True)
+    found = values(made.metrics)
+    assert [found[f"ziplora_jobs {state}"] for state in ("left", "running", "committed")] == [0, 0, 16]
+
+
+def test_nobody_waits_for_a_straggler_at_the_end(tmp_path: Path) -> None:
+    ends = []
+    for copies in (0, 1):
+        limits = Limits(copies=copies)
+        made = Run(tmp_path / str(copies), World(slow_share=0.3), grid(20, 20), workers=8, limits=limits)
+        assert {one.slowness for one in made.pool.workers.values()} == {1.0, 10.0}
+        made.drive()
+        assert set(made.attempts().values()) == {1}
+        assert len(made.pool.done) == 400
+        ends.append(made.pool.now)
+    assert ends[1] < 0.8 * ends[0]
+
+
+def test_a_copy_that_dies_leaves_the_job_to_the_other(tmp_path: Path) -> None:
+    """Crashes of stragglers and helpers alike: attempts add up, and nothing is done or reported twice."""
+    world = World(slow_share=0.5, crashes_per_hour=20.0)
+    made = Run(tmp_path, world, grid(6, 6), workers=12, limits=Limits(attempts=50))
+    made.drive()
+    assert made.pool.losses > 3
+    failed = Counter(event.job.pair for event in made.failed(counts=True))
+    assert made.attempts() == {job.pair: failed[job.pair] + 1 for job in made.jobs}
+    commits = Counter(event.job.pair for event in made.seen if isinstance(event, events.JobCommitted))
+    assert set(commits.values()) == {1}
+    found = values(made.metrics)
+    assert [found[f"ziplora_jobs {state}"] for state in ("left", "running", "committed")] == [0, 0, 36]
 
 
 def test_nodes_that_are_taken_back_cost_no_attempt(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from service.jobs import BaseRef, Concept, Job, SampleSettings
-from service.tiles import Board, curve, cut, loras, tile_size
+from service.tiles import Board, copies, curve, cut, loras, tile_size, workers_wanted
 
 BASE = BaseRef("/base", None, "b" * 64, "sdxl")
 SAMPLES = SampleSettings((), (), 50, 5.0, 64, 64)
@@ -148,3 +148,29 @@ def test_tiles_shrink_towards_the_end_and_start_small_where_nothing_is_known() -
     assert sizes == [12, 12, 6, 1, 1]
     assert tile_size(0.0, left=10**6, workers=4, side_by_side=1) > 1000  # no-op work goes out in bulk
     assert tile_size(10.0, left=1000, workers=4, side_by_side=16) == 16
+
+
+def test_the_latest_jobs_are_copied_to_the_fastest_idle_workers_while_that_gains_time() -> None:
+    early, late, latest = grid(1, 3)
+    idle = [(30.0, "slow"), (10.0, "quick"), (10.0, "quick too")]
+    found = list(copies([(14.0, early), (90.0, late), (200.0, latest)], idle))
+    assert found == [("quick", latest), ("quick too", late)]  # the early one is as good as done
+    assert list(copies([(40.0, late)], [(30.0, "slow")])) == []
+
+
+def test_one_more_worker_is_wanted_for_every_few_minutes_of_work() -> None:
+    assert workers_wanted(None, jobs=50) == 1
+    assert workers_wanted(10.0, jobs=50) == 1
+    assert workers_wanted(3000.0, jobs=50) == 10
+    assert workers_wanted(1e6, jobs=50) == 50
+    assert workers_wanted(0.0, jobs=0) == 0
+
+
+def test_the_loras_still_to_load_are_counted() -> None:
+    board = Board(cut(grid(8, 8), workers=4))  # four blocks of 4×4
+    assert board.loads == 4 * 8
+    tile = board.take("a", 4)
+    assert tile is not None
+    assert board.loads == 3 * 8 + 8 * 12 / 16
+    take_all(board, "a")
+    assert board.loads == 0

@@ -191,6 +191,7 @@ SCENARIOS: dict[str, tuple[Callable[[str], AbstractContextManager[Scene]], Scena
 
 def main() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # on a busy machine
     for name in sys.argv[1:] or SCENARIOS:
         began = time.monotonic()
         make, scenario = SCENARIOS[name]

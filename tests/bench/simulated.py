@@ -119,6 +119,9 @@ class SimulatedPool:
             del self.workers[worker]
         return surplus
 
+    def grow(self, size: int) -> None:
+        pass
+
     def replace(self, worker: str) -> None:
         self._end(self.workers[worker])
         self._start_loading(worker, self.random.uniform(*self.world.return_s))
