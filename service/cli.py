@@ -27,6 +27,7 @@ from service.cli_jobs import COMMANDS as JOB_COMMANDS
 from service.cli_options import CATALOG_HELP, filtered, open_catalog
 from service.cli_pages import COMMANDS as PAGE_COMMANDS
 from service.cli_report import report
+from service.cli_styledrop import styledrop
 from service.cli_train import train
 from service.console import (
     ERR,
@@ -199,6 +200,7 @@ def schema() -> None:
 
 
 cli.add_command(train)
+cli.add_command(styledrop)
 cli.add_command(deploy)
 cli.add_command(report)
 

@@ -74,7 +74,7 @@ def make_order(
         captions = read_captions(paths, settings)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
-    digests = [_check_picture(path) for path in paths]
+    digests = [picture_digest(path) for path in paths]
     files = read_base(base, revision, download=download)
     if settings.size is not None and settings.size % files.size_step:
         raise BadInput(f"{settings.size} pixels do not fit the base; expected a multiple of {files.size_step}")
@@ -106,7 +106,7 @@ def is_done(order: Order) -> bool:
     return True
 
 
-def _check_picture(path: Path) -> str:
+def picture_digest(path: Path) -> str:
     """Its sha256. BadInput when it cannot be decoded to its last row."""
     try:
         content = path.read_bytes()

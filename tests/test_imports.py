@@ -26,6 +26,7 @@ OWNERS = {
         "service/cli_pages.py",
         "service/cli_plots.py",
         "service/cli_report.py",
+        "service/cli_styledrop.py",
         "service/cli_train.py",
     },
     "rich": {"service/cli.py", "service/console.py"},

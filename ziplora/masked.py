@@ -126,7 +126,7 @@ def load_masked(
 
     Raises OSError when it is not there, ValueError for another kind of pipeline.
     """
-    name = DiffusionPipeline.load_config(str(directory)).get("_class_name")
+    name = DiffusionPipeline.load_config(str(directory), local_files_only=True).get("_class_name")
     if name != "AmusedPipeline":
         raise ValueError(
             f"incompatible base: {directory} is a {name}, StyleDrop needs a masked-token model (AmusedPipeline),"
