@@ -61,6 +61,7 @@ class Base:
     alphas_cumprod: Tensor = field(repr=False)  # [training timesteps], fp32
     backend: str | None = None
     prompts: OrderedDict[tuple[str, str | None], Conditioning] = field(default_factory=OrderedDict, repr=False)
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False)  # what methods made of the base alone
     _compiled: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -106,6 +107,12 @@ class Base:
                 self.prompts.popitem(last=False)
         self.prompts.move_to_end(key)
         return self.prompts[key]
+
+    def token_ids(self, prompt: str) -> list[int]:
+        """Start, the prompt's own tokens as far as the text encoders read them, end; without padding. Both of SDXL's
+        tokenizers give the same."""
+        ids: list[int] = self.pipeline.tokenizer(prompt, truncation=True).input_ids
+        return ids
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image], width: int, height: int) -> Tensor:

@@ -5,18 +5,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from ziplora.calibrate import Calibration
-from ziplora.lora import LoRA, Mergers, max_rank, stacked
+from ziplora.lora import LoRA, Mergers, max_rank, scaled, stacked
+from ziplora.switched import Switched
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """How a concept is asked for: the caption that its LoRA was trained with, and the words that stand for it."""
+
+    prompt: str
+    trigger: str
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Both LoRAs, weights folded in, and the calibrations and the combined prompt that the method asked for."""
+    """Both LoRAs, weights folded in, and the calibrations and the combined prompt that the method asked for. `words`:
+    the subject's and the style's."""
 
     subject: LoRA
     style: LoRA
     subject_calibration: Calibration | None = None
     style_calibration: Calibration | None = None
     combined_prompt: str | None = None  # both triggers filled in: see Method.combined_prompt
+    words: tuple[Words, Words] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +35,29 @@ class Merged:
     """A merge that is a sum of a subject part and a style part, whose ranks add up; `report` holds figures for the
     entry.
 
-    Keeping the parts apart is what lets style strength change afterwards: only the style part is scaled.
+    Keeping the parts apart is what lets style strength change afterwards: only the style part is scaled. Where there
+    is `until`, the two take turns during sampling (`ziplora.switched`), and no single LoRA is the merge.
     """
 
     subject: LoRA
     style: LoRA
     mergers: Mergers | None
     report: Mapping[str, Any]
+    until: Mapping[str, float] | None = None
 
     def lora(self) -> LoRA:
-        """The merged LoRA. In every module the first `subject_rank` rows are the subject's: see `lora.restyled`."""
+        """The merged LoRA. In every module the first `subject_rank` rows are the subject's: see `lora.restyled`. Raises
+        ValueError where there is none."""
+        if self.until is not None:
+            raise ValueError("the two LoRAs take turns during sampling, so there is no single LoRA: see Merged.applied")
         return stacked([self.subject, self.style])
+
+    def applied(self, style_strength: float = 1.0) -> LoRA | Switched:
+        """What is to be sampled with, unrounded, at a style strength."""
+        style = self.style if style_strength == 1.0 else scaled(self.style, style_strength)
+        if self.until is None:
+            return stacked([self.subject, style])
+        return Switched(self.subject, style, self.until)
 
     @property
     def subject_rank(self) -> int:

@@ -14,6 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from ziplora.baseline_knobs import DareKnobs, NullSpaceKnobs, PruneKnobs, SvdKnobs, TiesKnobs
+from ziplora.calibration_settings import CalibrationSettings, Moments, Passes
+from ziplora.fusion_knobs import CustomDiffusionKnobs, GradientFusionKnobs, KLoRAKnobs
 
 if TYPE_CHECKING:
     from ziplora.base import Base
@@ -25,30 +27,6 @@ SELF_STEPS = 25
 SELF_GUIDANCE = 5.0
 ZIPLORA_PAPER = "https://arxiv.org/abs/2311.13600"
 REGMEAN_PAPER = "https://arxiv.org/abs/2212.09849"
-
-
-Moments = Literal["none", "inputs", "inputs+outputs"]
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationSettings:
-    """How one LoRA is observed (ziplora/calibrate.py). `size` in pixels, None for the base's own. `moments`: whether
-    second moments of the layers' inputs are recorded too, and weights of their outputs."""
-
-    draws: int
-    seed: int
-    noise: Literal["separate", "shared"]
-    size: int | None
-    moments: Moments = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class Passes:
-    """UNet calls on one latent that a pair costs beyond its LoRAs' calibrations: merged ones with the backward pass to
-    the mergers, and ones without gradient."""
-
-    backward: int = 0
-    forward: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +216,7 @@ class Method:
     function: str
     solver: Literal["column", "matrix"] | None = None  # the closed form that it solves, in ziplora/closed_form.py
     parts: bool = True  # whether the style has rows of its own in the file, so that its strength can be changed there
+    file: bool = True  # whether the result is one LoRA; otherwise images and a recipe are all that there can be
 
     def load(self) -> Callable[[Base, Sequence[Pair], Any], list[Merged]]:
         module, _, name = self.function.partition(":")
@@ -378,6 +357,37 @@ METHODS: dict[str, Method] = {
             cost="one small SVD per layer",
             knobs=NullSpaceKnobs,
             function="ziplora.low_rank_merges:np_lora",
+        ),
+        Method(
+            name="custom-diffusion",
+            summary="K and V of the cross-attentions give what each LoRA gave at its words, and change captions least",
+            paper="https://arxiv.org/abs/2212.04488",
+            yields="one LoRA",
+            mergers=False,
+            cost="one linear system for all layers; plain captions through the text encoders",
+            knobs=CustomDiffusionKnobs,
+            function="ziplora.custom_diffusion:custom_diffusion",
+        ),
+        Method(
+            name="mix-of-show",
+            summary="each layer fitted by L-BFGS to what it gave in either LoRA's own run (gradient fusion)",
+            paper="https://arxiv.org/abs/2305.18292",
+            yields="one LoRA",
+            mergers=False,
+            cost="an L-BFGS run for each layer; model passes only once per LoRA",
+            knobs=GradientFusionKnobs,
+            function="ziplora.gradient_fusion:mix_of_show",
+        ),
+        Method(
+            name="k-lora",
+            summary="at each step of sampling each layer takes one of the LoRAs: the subject's first, then the style's",
+            paper="https://arxiv.org/abs/2502.18461",
+            yields="images and a recipe, no merged file",
+            mergers=False,
+            cost="one dense ΔW of each LoRA at a time",
+            knobs=KLoRAKnobs,
+            function="ziplora.k_lora:k_lora",
+            file=False,
         ),
     )
 }

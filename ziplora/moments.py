@@ -26,10 +26,11 @@ def readers(targets: Collection[str]) -> dict[str, list[str]]:
 
 
 @contextmanager
-def recorded(slots: Slots) -> Iterator[dict[str, Tensor]]:
+def recorded(slots: Slots, paths: Collection[str] | None = None) -> Iterator[dict[str, Tensor]]:
     """Within the block every forward pass is observed; after it the mapping holds E[x xᵀ], [in, in], by name of the
-    input. Means over batch rows and positions, summed in fp32 (fp64 if the layers are fp64). A GPU multiplies inputs of
-    half precision as TF32, which has room for all of their digits."""
+    input, of these layers (linear ones; the merge targets if not given). Means over batch rows and positions, summed in
+    fp32 (fp64 if the layers are fp64). A GPU multiplies inputs of half precision as TF32, which has room for all of
+    their digits."""
     moments: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -45,7 +46,8 @@ def recorded(slots: Slots) -> Iterator[dict[str, Tensor]]:
         return add
 
     hooks = [
-        slots.layers[paths[0]].register_forward_pre_hook(watch(name)) for name, paths in readers(slots.targets).items()
+        slots.layers[layers[0]].register_forward_pre_hook(watch(name))
+        for name, layers in readers(slots.targets if paths is None else paths).items()
     ]
     multiplication = torch.backends.cuda.matmul
     before = multiplication.allow_tf32

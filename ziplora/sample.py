@@ -9,6 +9,7 @@ here and there). Both hold on the CPU by test; a GPU must be told to be repeatab
 
 One at a time, a LoRA is fused into the weights (`Slots.fused`): that costs as much as a small part of one of its 50
 steps, and each step then costs what the base's does. Side by side, LoRAs pass through slots, each row with its own.
+A LoRA that is another one later (`Switched`) is changed between two steps.
 """
 
 import inspect
@@ -24,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from ziplora.base import Base, Conditioning, stack
-from ziplora.lora import LoRA, select
+from ziplora.lora import LoRA, concat, select
+from ziplora.switched import Follow, Switched, applied, applied_side_by_side, part
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -42,7 +44,7 @@ KEPT_PICTURES = 16  # made with one LoRA before they are given out
 class Request:
     """One picture. `lora` None: of the base alone."""
 
-    lora: LoRA | None
+    lora: LoRA | Switched | None
     prompt: str
     seed: int
 
@@ -114,9 +116,13 @@ def _groups(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
     return iter(sorted(groups))
 
 
-def _ranks(lora: LoRA | None) -> frozenset[tuple[str, int]] | None:
+def _ranks(lora: LoRA | Switched | None) -> Any:
     """A slot is as wide as its widest LoRA, and the width decides how the sum over it is rounded."""
-    return None if lora is None else frozenset((path, layer.rank) for path, layer in _unet_part(lora).layers.items())
+    if isinstance(lora, Switched):
+        return _ranks(lora.first), _ranks(lora.second)
+    if lora is None:
+        return None
+    return frozenset((path, layer.rank) for path, layer in lora.layers.items() if _in_unet(path))
 
 
 def _one_lora(
@@ -124,8 +130,10 @@ def _one_lora(
 ) -> list[Image.Image]:
     lora = requests[0].lora or LoRA({})
     rows = [_rows(base, request, negative, settings) for request in requests]
-    with base.slots.fused(_unet_part(lora)):
-        latents = [denoise(base, row, [request.seed], settings) for row, request in zip(rows, requests, strict=True)]
+    with applied(base.slots, part(lora, _in_unet)) as follow:
+        latents = [
+            denoise(base, row, [request.seed], settings, follow) for row, request in zip(rows, requests, strict=True)
+        ]
     return [picture for one in latents for picture in decode(base, one)]
 
 
@@ -134,18 +142,21 @@ def _side_by_side(
 ) -> list[Image.Image]:
     padded = [*requests, *[requests[-1]] * (batch - len(requests))]
     rows = stack([_rows(base, request, negative, settings) for request in padded])
-    loras = [[_unet_part(request.lora or LoRA({}))] for request in padded]
-    with base.slots.loaded(loras):
-        latents = denoise(base, rows, [request.seed for request in padded], settings)
+    loras = [part(request.lora or LoRA({}), _in_unet) for request in padded]
+    with applied_side_by_side(base.slots, loras) as follow:
+        latents = denoise(base, rows, [request.seed for request in padded], settings, follow)
     return decode(base, latents)[: len(requests)]
 
 
-def _unet_part(lora: LoRA) -> LoRA:
-    return select(lora, lambda path: path.startswith("unet."))
+def _in_unet(path: str) -> bool:
+    return path.startswith("unet.")
 
 
 def _rows(base: Base, request: Request, negative: str, settings: Settings) -> Conditioning:
-    text = select(request.lora or LoRA({}), lambda path: not path.startswith("unet."))
+    """The prompt is encoded once, before the first step: of a switched LoRA both parts are in the text encoders."""
+    lora = request.lora or LoRA({})
+    parts = [lora.first, lora.second] if isinstance(lora, Switched) else [lora]
+    text = concat([select(one, lambda path: not _in_unet(path)) for one in parts])
     text_lora = text if text.layers else None
     return _guided(base, lambda prompt: base.encode_prompt(prompt, text_lora), request.prompt, negative, settings)
 
@@ -207,12 +218,15 @@ def _rows_as_loaded(base: Base, prompt: str, negative: str, settings: Settings) 
 
 
 @torch.no_grad()
-def denoise(base: Base, rows: Conditioning, seeds: Sequence[int], settings: Settings) -> Tensor:
+def denoise(
+    base: Base, rows: Conditioning, seeds: Sequence[int], settings: Settings, follow: Follow | None = None
+) -> Tensor:
     """Scaled latents [seeds, c, h, w] from each seed's noise, as diffusers' pipelines make them.
 
     `rows`: of each picture in turn the negative prompt and the prompt (classifier-free guidance, arXiv 2207.12598,
     Eq. 6, in the form ε_n + g·(ε_p − ε_n)), or the prompt alone if guidance is at most 1. A seed's generator gives
-    first the initial noise, then whatever the scheduler asks for: nothing is shared among pictures.
+    first the initial noise, then whatever the scheduler asks for: nothing is shared among pictures. `follow` is told
+    before each step which share of them is done.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     # a fresh scheduler every time: some carry state from one run into the next
@@ -227,7 +241,9 @@ def denoise(base: Base, rows: Conditioning, seeds: Sequence[int], settings: Sett
     latents = randn_tensor(shape, generator=generators, device=base.device, dtype=rows.embeds.dtype)
     latents = latents * scheduler.init_noise_sigma
     guided = settings.guidance > 1
-    for timestep in scheduler.timesteps:
+    for number, timestep in enumerate(scheduler.timesteps):
+        if follow is not None:
+            follow(number / len(scheduler.timesteps))
         noisy = scheduler.scale_model_input(latents, timestep)
         noisy = noisy.repeat_interleave(2, 0) if guided else noisy
         predicted = base.predict_noise(noisy, timestep.expand(len(noisy)), rows, settings.backend)

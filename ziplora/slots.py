@@ -262,6 +262,13 @@ class Slots:
                 ]  # not a parameter of the model: its state dict is the base's
         return parameters
 
+    def weigh(self, weights: Mapping[str, Tensor]) -> None:
+        """Factors of the loaded parts, [merges, parts] by path, until the next load; 1 where none is given."""
+        for path, factors in weights.items():
+            slot = self.layers[path]
+            if slot.active:
+                slot.__dict__["mergers"] = factors.to(slot.weight)[:, :, None]  # one for all columns
+
     def _check(self, lora: LoRA) -> None:
         for path, layer in lora.layers.items():
             slot = self.layers.get(path)
