@@ -14,11 +14,11 @@ from service.catalog import COMMIT_S, GARBAGE_S, Catalog
 from service.choose import BEST, SCORES, choose
 from service.cli_options import CATALOG_HELP, filtered, open_catalog
 from service.console import OUT, complain, left_out, size_text, tracked
-from service.entry import Entry
+from service.entry import Entry, why_no_lora
 from service.errors import BadInput, NotFound
 from service.file_names import stem_of
 from service.pull import Pulled, PullOptions, write
-from service.pull_layouts import LAYOUTS, Shown, placed
+from service.pull_layouts import LAYOUTS, LORA, Shown, placed
 from ziplora.headers import LIMITS
 
 DAY_S = 24 * 3600.0
@@ -125,7 +125,11 @@ def link(catalog: str, subject: str, style: str, method: str, name: str, days: f
     A catalog in a directory gives file URLs, which are good on this machine only.
     """
     opened = open_catalog(catalog)
-    entries = [entry for entry in opened.select(subject, style, method, left_out) if name in entry.objects]
+    found = list(opened.select(subject, style, method, left_out))
+    entries = [entry for entry in found if name in entry.objects]
+    for entry in found if name == LORA else ():
+        if name not in entry.objects:
+            complain(f"{entry.subject}/{entry.style}: {why_no_lora(entry)}", "left out")
     if not entries:
         raise NotFound(f"{nothing_matches(catalog, subject, style, method)} and has {name}")
     suffix = "".join(Path(name).suffixes)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import overload
 
 from service.choose import score
-from service.entry import Entry, Object
+from service.entry import Entry, Object, why_no_lora
 from service.errors import Corrupted, NotFound
 from service.inputs import LocalCache, user_cache
 from service.model_card import triggers
@@ -65,6 +65,8 @@ class Merge:
     def file(self, name: str) -> Path:
         """Any object of the entry by its name, such as `mergers.safetensors`, as a local file, verified."""
         item = self.entry.objects.get(name)
+        if item is None and name == LORA:
+            raise NotFound(f"the merge {self.subject}/{self.style} has no {name}: {why_no_lora(self.entry)}")
         if item is None:
             raise NotFound(
                 f"the merge {self.subject}/{self.style} ({self.method}) has no {name}; it has"

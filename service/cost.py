@@ -83,7 +83,7 @@ def bytes_of(jobs: Sequence[Job], modules: Mapping[str, Modules]) -> Bytes:
         if pair not in known:
             both = (modules[job.subject.lora_sha256], modules[job.style.lora_sha256])
             known[pair] = (merged_bytes(*both), merger_bytes(*both))
-        sizes = known[pair]
+        sizes = known[pair] if METHODS[job.method].file else (0, 0)
         merged += sizes[0]
         mergers += sizes[1] if METHODS[job.method].mergers else 0
         peft += sizes[0] if "peft" in job.outputs else 0

@@ -70,6 +70,19 @@ class Entry:
         return sum(item.size for item in self.objects.values())
 
 
+RECIPE = "recipe.json"  # of a method that leaves no merged LoRA
+
+
+def why_no_lora(entry: Entry) -> str:
+    """Why the entry has no merged LoRA, and what it has."""
+    if RECIPE in entry.objects:
+        return (
+            f"{entry.method} chooses between the two LoRAs at every step of sampling, so there is no merged LoRA, only"
+            f" images and a recipe: see `ziplora show`, or pull what another method made of the pair"
+        )
+    return f"{entry.method} left no merged LoRA, only what `ziplora show` lists"
+
+
 ALIGNMENTS = ("style_alignment", "subject_alignment", "text_alignment")
 
 

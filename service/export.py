@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from service.entry import Entry, Object
+from service.entry import Entry, Object, why_no_lora
 from service.errors import BadInput, Corrupted
 from service.pull_layouts import CARD, LORA, PREVIEW, samples
 from service.storage import Store, sha256_of, split_location
@@ -116,7 +116,7 @@ def _subject_rank(header: Header, entry: Entry) -> int:
 
 def _content(store: Store, item: Object | None, entry: Entry) -> bytes:
     if item is None:
-        raise BadInput(f"{_pair(entry)}: {entry.method} left no merged LoRA, so there is nothing to export")
+        raise BadInput(f"{_pair(entry)}, nothing to export: {why_no_lora(entry)}")
     content = store.get_range(item.key, 0, item.size + 1)
     if len(content) != item.size or hashlib.sha256(content).hexdigest() != item.sha256:
         raise Corrupted(f"{store.url}/{item.key} is not what its entry says; verify the catalog")

@@ -201,6 +201,7 @@ class _Reading:
         merges = tuple(self._merges())
         prompts = tuple(self._prompts())
         self._check_strengths(file, merges)
+        self._check_outputs(file, merges)
         base, output = self._model("base"), self._output()
         scorers = {kind: self._model("scores", kind) for kind in KINDS if self._section("scores").get(kind) is not None}
         if self.problems or file is None:
@@ -373,6 +374,18 @@ class _Reading:
                 ("samples", "style_strengths"),
                 f"{whole[0]} leaves the style no rows of its own, so that only 1.0 can be sampled; give the styles a"
                 f" weight instead, or merge by {whole[0]} in a manifest of its own",
+            )
+
+    def _check_outputs(self, file: ManifestFile | None, merges: Iterable[MergeSpec]) -> None:
+        """A second layout of the merged file, or nothing but it, can be had only where there is one."""
+        fileless = [merge.method for merge in merges if not METHODS[merge.method].file]
+        if not fileless or file is None:
+            return
+        if file.outputs:
+            self._problem(
+                ("outputs",),
+                f"{fileless[0]} yields {METHODS[fileless[0]].yields}, so there is no {file.outputs[0]} of it; leave"
+                f" outputs out, or merge by {fileless[0]} in a manifest of its own",
             )
 
     # Sample prompts

@@ -1,20 +1,34 @@
-"""The files of a merge: what is in them, what they say of themselves, and the pictures beside them."""
+"""The files of a merge: what is in them, what they say of themselves, and the pictures beside them.
+
+A method whose result is no single LoRA (`Method.file`) leaves a recipe in its place: which of the two LoRAs each module
+takes, up to which share of the sampling steps.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from service.entry import RECIPE
 from service.jobs import Job, render
 from ziplora import formats
+from ziplora.lora import LoRA, restyled
 from ziplora.merged import Merged
+from ziplora.switched import Switched
+
+RULE = (
+    "In each module of `until`, the subject's update applies in the steps before which a share of all steps of at most"
+    " its number is done, the style's in the steps from there on; every other module has both updates in all steps."
+)
 
 
 def written(job: Job, merged: Merged, circumstances: Mapping[str, str]) -> dict[str, bytes]:
     """The files of a merge: the LoRA for every tool, its sidecar, the mergers, and the PEFT twin if the manifest
-    asks for one."""
+    asks for one; or the recipe alone."""
+    if merged.until is not None:
+        return {RECIPE: recipe(job, merged, circumstances)}
     title = f"{job.subject.id} × {job.style.id} ({job.method})"
     trigger = f"{job.subject.trigger}, {job.style.trigger}"
     metadata = {**merge_metadata(job, merged), **circumstances}
@@ -33,6 +47,26 @@ def written(job: Job, merged: Merged, circumstances: Mapping[str, str]) -> dict[
     if "peft" in job.outputs:
         files["peft.safetensors"] = formats.write_peft(merged.lora(), metadata=metadata)
     return files
+
+
+def recipe(job: Job, merged: Merged, circumstances: Mapping[str, str]) -> bytes:
+    """JSON: what is applied when, and to which base and LoRAs that belongs."""
+    assert merged.until is not None
+    until = {path: round(share, 6) for path, share in sorted(merged.until.items())}
+    about = {**merge_metadata(job, merged), **circumstances}
+    return json.dumps({"version": 1, "rule": RULE, "until": until, "about": about}, indent=1, sort_keys=True).encode()
+
+
+def sampled_with(
+    files: Mapping[str, bytes], merged: Merged, strengths: Iterable[float]
+) -> dict[float, LoRA | Switched]:
+    """What pictures are made with, by style strength: the LoRA that is published, its rounding included, or both LoRAs
+    by turns."""
+    if merged.until is not None:
+        return {strength: merged.applied(strength) for strength in strengths}
+    published = formats.read_lora(files["merged.safetensors"], name="merged.safetensors").lora
+    rank = merged.subject_rank
+    return {strength: published if strength == 1.0 else restyled(published, rank, strength) for strength in strengths}
 
 
 def merge_metadata(job: Job, merged: Merged) -> dict[str, str]:

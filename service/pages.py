@@ -23,7 +23,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from service import report_page
-from service.entry import ALIGNMENTS, Unreadable
+from service.entry import ALIGNMENTS, RECIPE, Unreadable
 from service.errors import AlreadyCommitted, Unavailable
 from service.index import IndexSummary, read_rows, update_index
 from service.references import stored_references
@@ -235,6 +235,7 @@ def details(row: Mapping[str, Any]) -> dict[str, Any]:
         "created": row["created"].isoformat(timespec="seconds"),
         "lora": row["lora_key"],
         "bytes": row["lora_bytes"],
+        "recipe": keys.get(RECIPE),
         "triggers": [row["subject_trigger"] or "", row["style_trigger"] or ""],
         "knobs": job.get("knobs"),
         "weights": [_of(job, "subject", "weight"), _of(job, "style", "weight")],

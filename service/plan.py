@@ -34,6 +34,7 @@ from service.wording import field_name, plain, some
 
 GUIDANCE: dict[Architecture, float] = {"sdxl": 5.0, "sd15": 7.5}  # the defaults of diffusers' pipelines
 NO_IMAGES = "no reference images, so images that the LoRA itself generates take their place"
+MAX_TOKENS = 75  # of a prompt that CLIP reads, without its start and end
 N_TIMED = 20  # finished entries that the time estimate looks at
 
 Watch = Callable[[Steps[Any]], Iterable[Any]]  # hands long work through, as a progress bar does
@@ -115,6 +116,7 @@ def plan(
     problems += [problem for lora in loras for problem in lora.problems]
     samples = _samples(manifest, base) if base else None
     problems += _size_problems(manifest, base, samples) if base and samples else []
+    problems += _caption_problems(manifest, base) if base else []
     jobs: tuple[Job, ...] = ()
     defaulted = list(manifest.defaulted)
     if base and samples and not unfit:
@@ -204,6 +206,19 @@ def _size_problems(manifest: Manifest, base: BaseFiles, samples: SampleSettings)
         if size is not None and size % step:
             problems.append(f"{manifest.where('merge')}: size {size} {expected}")
     return problems
+
+
+def _caption_problems(manifest: Manifest, base: BaseFiles) -> Iterator[str]:
+    """Captions that are certainly too few, whatever the tokenizer makes of them: see ziplora.custom_diffusion."""
+    width = max((shape[1] for path, shape in base.shapes.items() if path.endswith(".attn2.to_k")), default=0)
+    for merge in manifest.merges:
+        captions = merge.knobs.get("captions")
+        if captions and sum(min(MAX_TOKENS, len(caption)) + 1 for caption in captions) < width:
+            yield (
+                f"{manifest.where('merge')}: missing captions: {len(captions)} cannot have {width} words in different"
+                f" contexts, which {merge.method} needs for this base; give more, or leave captions out for the"
+                " built-in ones"
+            )
 
 
 def _jobs(

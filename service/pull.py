@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
-from service.entry import Entry, Object, Unreadable
+from service.entry import Entry, Object, Unreadable, why_no_lora
 from service.errors import Corrupted, StorageError, StoreFull, Unavailable
 from service.file_names import stems
 from service.files import local_errors, make_directories, replacing, settle, settle_directory
@@ -76,7 +76,7 @@ def pull(
         found = placed(options.layout, entry, stem, options.extras, Shown(options.base_model))
         files += [(entry, file) for file in found]
         if not found:
-            skipped.append((entry, f"{entry.method} left no merged LoRA, only what `ziplora show` lists"))
+            skipped.append((entry, why_no_lora(entry)))
     before = [Pulled(dest, "", record.key, "failed", 0, record.reason) for record in unreadable]
     before += [Pulled(dest, entry.job_id, "", "skipped", 0, reason) for entry, reason in skipped]
     stop = threading.Event()

@@ -7,7 +7,7 @@ Where several pairs share a forward pass (on a GPU, see side_by_side.py) that ho
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from service.device import Device, timed
 from service.errors import BadInput, ManifestError, NotFound
 from service.inputs import LocalCache, user_cache
 from service.jobs import ALGORITHM, Concept, Job, Role, canonical_json
-from service.merged_files import png, sample_list, written
+from service.merged_files import png, sample_list, sampled_with, written
 from service.messages import Began, JobResult, Message, Stalled, Tile, TileDone, WorkerSettings
 from service.node_cache import NodeCache
 from service.scoring import Judges, alignments_of, scored
@@ -40,8 +40,8 @@ from ziplora.base import Base, load_base
 from ziplora.calibrate import Calibration, calibrate
 from ziplora.calibration_files import calibration_key, read_calibration, write_calibration
 from ziplora.errors import FormatError, LoRAError
-from ziplora.lora import LoRA, n_bytes, restyled, scaled
-from ziplora.merged import Merged, Pair
+from ziplora.lora import LoRA, n_bytes, scaled
+from ziplora.merged import Merged, Pair, Words
 from ziplora.methods import METHODS, CalibrationSettings
 from ziplora.sample import Request, sample_requests
 
@@ -258,6 +258,7 @@ class Worker:
                 one.style,
                 *one.calibrations,
                 method.combined_prompt(knobs, one.job.subject.trigger, one.job.style.trigger),
+                (_words(one.job.subject), _words(one.job.style)),
             )
             for one in ready
         ]
@@ -292,7 +293,7 @@ class Worker:
         with timed(stages, "write"):
             files = written(job, merged, self._circumstances(one.calibrations))
         with timed(stages, "sample"):
-            pictures = self._samples(job, files["merged.safetensors"], merged)
+            pictures = self._samples(job, files, merged)
             files |= pictures
             if pictures:
                 files["merged.png"] = next(iter(pictures.values()))
@@ -362,16 +363,12 @@ class Worker:
                 ) from error
         return pictures
 
-    def _samples(self, job: Job, merged_file: bytes, merged: Merged) -> dict[str, bytes]:
-        """Pictures of the file that is published, its rounding included, by object name."""
+    def _samples(self, job: Job, written_files: Mapping[str, bytes], merged: Merged) -> dict[str, bytes]:
+        """Pictures of what is published, by object name."""
         settings, files = job.samples, {}
         if settings.n_images == 0:
             return {}
-        published = formats.read_lora(merged_file, name="merged.safetensors").lora
-        loras = {
-            strength: published if strength == 1.0 else restyled(published, merged.subject_rank, strength)
-            for strength in settings.style_strengths
-        }
+        loras = sampled_with(written_files, merged, settings.style_strengths)
         samples = sample_list(job)
         images = sample_requests(
             self.base,
@@ -420,6 +417,10 @@ class _Waited:
 
     def __exit__(self, *exception: object) -> None:
         self.seconds += time.monotonic() - self._since
+
+
+def _words(concept: Concept) -> Words:
+    return Words(concept.prompt, concept.trigger)
 
 
 def merges_like(job: Job) -> tuple[str, str]:

@@ -136,7 +136,7 @@ def test_what_cannot_be_exported_is_refused_with_its_reason(made: Made) -> None:
     store, entry = made.catalog.store, made.entries["direct"]
     with pytest.raises(BadInput, match=r"ink\.safetensors is not the subject that dog/ink was merged from"):
         export(store, entry, 0.6, sources=(made.sources[1], made.sources[0]))
-    with pytest.raises(BadInput, match="dog/ink: direct left no merged LoRA"):
+    with pytest.raises(BadInput, match="dog/ink, nothing to export: direct left no merged LoRA"):
         export(store, replace(entry, objects={}), 0.6)
     lora = formats.read_lora(store.get(entry.objects["merged.safetensors"].key))
     for header, reason in (({}, "does not say which rows"), ({"ziplora.subject_rank": "999"}, "no rows of its own")):

@@ -347,8 +347,19 @@ ADDED = [
     ("merge: {method: ties, density: 0}", "merge: density is 0.0; above 0 (nothing kept) and at most 1 (everything)"),
     ("merge: {method: np-lora, mu: -1}", "merge: mu is -1.0; at least 0 (the direct merge) and finite, or null for full projection"),
     ("merge: {method: svd, rank: 0}", "merge: rank is 0; at least 1, or null for the larger of the two LoRAs'"),
+    ("merge: {method: custom-diffusion, captions: []}", "merge: captions is empty; plain captions to leave alone, or null for the built-in ones"),
+    ("merge: {method: custom-diffusion, captions: [1]}", "merge.captions: expected text, given 1; put it in quotes"),
+    ("merge: {method: mix-of-show, steps: 0}", "merge: steps is 0; at least 1"),
+    ("merge: {method: k-lora, k: 0}", "merge: k is 0; at least 1, or null for the product of both LoRAs' ranks"),
     ("outputs: [onnx]", "outputs[0]: expected one of peft, given 'onnx'"),
 ]  # fmt: skip
+
+
+def test_no_second_layout_of_what_is_no_file():
+    assert problems(f"{SMALL}merge: [direct, k-lora]\noutputs: peft\n") == [
+        "demo.yaml:10: outputs: k-lora yields images and a recipe, no merged file, so there is no peft of it; leave"
+        " outputs out, or merge by k-lora in a manifest of its own"
+    ]
 
 
 @pytest.mark.parametrize(("added", "message"), ADDED)

@@ -228,6 +228,13 @@ class TestHostileCatalogs:
         assert (skipped.state, skipped.problem) == (
             "skipped", "k-lora left no merged LoRA, only what `ziplora show` lists"
         )  # fmt: skip
+        job = identity("cat", method="k-lora")
+        local.commit(id_of(job), job, {"recipe.json": b"{}", "samples/000.png": b"picture"}, {})
+        (skipped,) = local.pull(tmp_path / "out", subject="cat")
+        assert skipped.problem is not None
+        assert skipped.problem.startswith(
+            "k-lora chooses between the two LoRAs at every step of sampling, so there is no"
+        )
 
 
 SAMPLES = {"samples": [

@@ -120,7 +120,7 @@ def _lbfgs(objective: Objective, start: Tensor, scale: Tensor, steps: int) -> Te
         at.grad = gradient / scale
         return value / scale
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return at.detach()
 
 

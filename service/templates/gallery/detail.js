@@ -150,6 +150,10 @@ ziplora.detail = (() => {
       blocks.push(el('a', { class: 'download', href: ziplora.url(all.lora), download: file.replace(/[^A-Za-z0-9_.-]/g, '_') },
         el('b', {}, 'Download the LoRA'), el('span', {}, `${size(all.bytes)} · safetensors · ${title({ entry })}`)));
     }
+    if (!all.lora && all.recipe) {
+      blocks.push(el('a', { class: 'download', href: ziplora.url(all.recipe), download: file.replace(/[^A-Za-z0-9_.-]/g, '_').replace(/safetensors$/, 'json') },
+        el('b', {}, 'Download the recipe'), el('span', {}, 'json · the two LoRAs take turns during sampling, so there is no merged LoRA')));
+    }
     if (trigger) blocks.push(section('Trigger words', copied(trigger)));
     if (sample) blocks.push(section('Prompt', el('p', {}, sample[1]), el('p', { class: 'small' }, `seed ${sample[3]}, style strength ${told(sample[2])}`)));
     const scores = [['style', 'CLIP-I', all.scores[0]], ['subject', 'DINO', all.scores[1]], ['text', 'CLIP-T', all.scores[2]]];
