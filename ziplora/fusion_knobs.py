@@ -35,7 +35,7 @@ class GradientFusionKnobs:
 
     steps: int = 50
     context_steps: int = 500
-    draws: int = 32
+    draws: int = 16
     noise: Literal["separate", "shared"] = "separate"
     size: int | None = None
 
