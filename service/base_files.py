@@ -18,6 +18,7 @@ from service.inputs import DigestCache, open_input
 from service.jobs import Architecture, BaseRef
 from ziplora.errors import LoRAError
 from ziplora.layouts import Header, Limits, base_name, module_shapes, read_header_file
+from ziplora.unmerged import MASKED_PIPELINE, UNMERGED
 
 ARCHITECTURES: dict[str, Architecture] = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
 COMPONENTS: dict[Architecture, tuple[str, ...]] = {
@@ -198,7 +199,8 @@ def _check_components(directory: Path, location: str) -> tuple[Architecture, str
     found = read_json(index_file).get("_class_name")
     architecture = ARCHITECTURES.get(str(found))
     if architecture is None:
-        raise ManifestError(f"base {location} is a {found}; expected {' or '.join(ARCHITECTURES)}")
+        hint = f"; for StyleDrop see `{UNMERGED['styledrop'].command} --help`" if found == MASKED_PIPELINE else ""
+        raise ManifestError(f"base {location} is a {found}; expected {' or '.join(ARCHITECTURES)}{hint}")
     variant = _variant(directory)
     problems = []
     for part in COMPONENTS[architecture]:

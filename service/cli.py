@@ -174,9 +174,9 @@ def methods() -> None:
     from dataclasses import fields
 
     from ziplora.methods import METHODS
+    from ziplora.unmerged import UNMERGED
 
     for method in METHODS.values():
-        OUT.print(method.name, style="bold")
         knobs = ", ".join(f"{field.name} {field.default}" for field in fields(method.knobs))
         rows = {
             "does": method.summary,
@@ -185,10 +185,18 @@ def methods() -> None:
             "settings": knobs or "none",
             "paper": method.paper,
         }
-        table = Table(show_header=False, box=None, padding=(0, 2))
-        for row in rows.items():
-            table.add_row(*row)
-        OUT.print(table)
+        _print_method(method.name, rows)
+    for other in UNMERGED.values():
+        rows = {"does": other.summary, "yields": other.yields, "needs": other.needs, "command": other.command}
+        _print_method(other.name, rows | {"paper": other.paper})
+
+
+def _print_method(name: str, rows: dict[str, str]) -> None:
+    OUT.print(name, style="bold")
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for row in rows.items():
+        table.add_row(*row)
+    OUT.print(table)
 
 
 @cli.command()

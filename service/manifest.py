@@ -36,6 +36,7 @@ from service.storage import split_location
 from service.wording import Fault, FieldPath, field_name, plain, shown, unknown
 from service.yaml_text import MAX_BYTES, Document, Problem, Unreadable, read_yaml
 from ziplora.methods import METHODS
+from ziplora.unmerged import UNMERGED
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ID_RULE = "1 to 64 of A-Z a-z 0-9 . _ - beginning with a letter or digit"
@@ -350,7 +351,10 @@ class _Reading:
         seeds = self._merge_seeds(field, entry)
         if not isinstance(name, str) or name not in METHODS:
             own = (*field, "method") if (*field, "method") in self.lines else field
-            self._problem(own, unknown(f"unknown method {shown(name)}", list(METHODS), str(name)))
+            if isinstance(name, str) and name in UNMERGED:
+                self._problem(own, UNMERGED[name].refusal)
+            else:
+                self._problem(own, unknown(f"unknown method {shown(name)}", list(METHODS), str(name)))
             return None
         given = {key: value for key, value in entry.items() if key not in ("method", "seed", "seeds")}
         knobs, faults = check_knobs(name, given, field)

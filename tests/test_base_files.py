@@ -100,6 +100,8 @@ def test_other_pipelines(base, digests):
     assert message(base, digests) == (
         f"base {base} is a FluxPipeline; expected StableDiffusionXLPipeline or StableDiffusionPipeline"
     )
+    rewrite(base / "model_index.json", _class_name="AmusedPipeline")
+    assert message(base, digests).endswith("for StyleDrop see `ziplora styledrop --help`")
 
 
 def test_no_pipeline(tmp_path, digests):

@@ -318,6 +318,7 @@ ADDED = [
     ("pairs: [dog/ink]", "pairs[0]: expected [subject, style], given 'dog/ink'"),
     # merge
     ("merge: {method: ziplra}", f"merge.method: unknown method 'ziplra'; did you mean ziplora? known: {', '.join(METHODS)}"),
+    ("merge: {method: styledrop}", "merge.method: incompatible base: styledrop needs a masked-token model (aMUSEd) and pictures of both, not SDXL or SD 1.5, and yields images and a recipe, no merged LoRA; see `ziplora styledrop --help`"),
     ("merge: 3", "merge: expected a method or a mapping of method and knobs, given 3"),
     ("merge: []", f"merge: empty; expected a method (known: {', '.join(METHODS)}), or leave merge out"),
     ("merge: {steps: many}", "merge.steps: expected a whole number, given 'many'"),
