@@ -80,6 +80,17 @@ class Boards:
         for key, some in by_board.items():
             self._board(key).add(some)
 
+    def admit(self, jobs: Sequence[Job], workers: int) -> None:
+        """Jobs that had to wait for something until now."""
+        self._needs |= {self._need(job) for job in jobs}
+        self._part()
+        by_board: dict[tuple[int, int], list[Job]] = {}
+        for job in jobs:
+            by_board.setdefault(self._key(job), []).append(job)
+        for key, some in by_board.items():
+            for block in cut(some, workers):
+                self._board(key).add(block)
+
     def release(self, worker: str) -> None:
         """The worker's blocks are anybody's again."""
         for board in self._boards.values():

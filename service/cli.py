@@ -252,6 +252,13 @@ cli.add_command(report)
     help="Attempts per job before it is given up.",
 )
 @click.option(
+    "--checkpoint-every",
+    default=60.0,
+    type=click.FloatRange(min=0),
+    show_default=True,
+    help="Seconds between checkpoints of a training, in the catalog.",
+)
+@click.option(
     "--deadline", default=3600.0, type=click.FloatRange(min=1), show_default=True, help="Seconds that one job may take."
 )
 @click.option("--download", is_flag=True, help="Fetch a base that is a hub id and not in the local hub cache.")
@@ -290,6 +297,7 @@ def execute(
     metrics_port: int,
     attempts: int,
     deadline: float,
+    checkpoint_every: float,
     gallery: bool = True,
 ) -> int:
     from service.faults import Limits
@@ -314,6 +322,7 @@ def execute(
         dtype=dtype,
         compile="inductor" if compile else None,
         threads=threads,
+        checkpoint_s=checkpoint_every,
     )
     run_id = new_run_id(planned.manifest_digest)
     standing = StandingRecord(catalog, run_id)
@@ -323,7 +332,8 @@ def execute(
     pool = None
     with RunProgress(len(planned.jobs), len(planned.committed)) as progress:
         try:
-            pool = make_pool(settings, inline, workers, address, len(planned.left))
+            trainings = planned.trainings_left
+            pool = make_pool(settings, inline, workers, address, len(planned.left) + len(trainings))
             signal.signal(signal.SIGTERM, _as_interrupt)  # after Ray's start, which sets a handler of its own
             drive(
                 planned.left,
@@ -332,7 +342,9 @@ def execute(
                 run_id=run_id,
                 already=len(planned.committed),
                 limits=Limits(attempts=attempts, deadline_s=deadline),
-                prior_s=planned.duration.total_s / len(planned.left),
+                prior_s=planned.duration.pairs_s / len(planned.left),
+                trainings=trainings,
+                training_s=planned.duration.train_s / len(trainings) if trainings else None,
                 observers=[summary.observe, metrics.observe, progress.observe, standing.observe]
                 + ([live.observe] if live else []),
             )
@@ -458,6 +470,7 @@ class RunProgress:
         self.bar = progress_bar()
         self.task = self.bar.add_task("starting workers", total=jobs, completed=committed)
         self.running: dict[str, str] = {}
+        self.tenths: dict[str, int] = {}  # of each training, that are done
         self.eta = ""
         self.trouble: str | None = None
 
@@ -483,6 +496,18 @@ class RunProgress:
                 self.eta = "" if event.seconds is None else f", about {time_text(event.seconds)} left"
             case events.JobStarted():
                 self.running[event.worker] = event.job.pair
+            case events.TrainingStarted():
+                self.running[event.worker] = f"training {event.training.pair}"
+            case events.TrainingAt():
+                self._at(event)
+            case events.TrainingDone():
+                self.running.pop(event.worker, None)
+                how = "was trained already" if event.already else f"trained in {sum(event.stages.values()):.1f} s"
+                self.say(f"{event.training.pair} {how}")
+            case events.TrainingFailed():
+                self.running.pop(event.worker, None)
+                how = "will be tried again" if event.retry else "given up with all its pairs"
+                self.say(f"{event.training.pair}: attempt {event.attempt} at training it failed, {how}: {event.reason}")
             case events.JobCommitted():
                 self.running.pop(event.worker, None)
                 self.trouble = None
@@ -502,6 +527,17 @@ class RunProgress:
                 pass
         doing = ", ".join(sorted(self.running.values())[:4]) or "waiting"
         self.bar.update(self.task, description=doing + self.eta)
+
+    def _at(self, event: events.TrainingAt) -> None:
+        name = event.job.pair
+        self.running[event.worker] = f"training {name}, step {event.step} of {event.steps}"
+        tenth = 10 * event.step // event.steps
+        if event.loss is None:
+            how = f"goes on after step {event.step} of {event.steps}" if event.step else f"begins: {event.steps} steps"
+            self.say(f"training {name} {how}")
+        elif not OUT.is_terminal and tenth > self.tenths.get(event.job.job_id, 0):
+            self.say(f"training {name}: step {event.step} of {event.steps}, loss {event.loss:.4f}")
+        self.tenths[event.job.job_id] = tenth
 
     def say(self, line: str) -> None:
         console = self.bar.console if OUT.is_terminal else OUT

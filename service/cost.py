@@ -6,11 +6,11 @@ of n queries to k keys of width d costs 4·n·k·d. For SDXL that is 6.76 TFLOP 
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
-from service.jobs import Concept, Job, SampleSettings
+from service.jobs import Concept, Job, SampleSettings, TrainJob
 from ziplora.layouts import ModuleKeys, is_target
 from ziplora.methods import METHODS, SELF_IMAGES, SELF_STEPS, CalibrationSettings
 from ziplora.module_names import input_of
@@ -22,6 +22,7 @@ BACKWARD = 2.18  # merged forward and backward to the mergers only, in base forw
 SOLVER_FLOPS = 10e12  # factorising in fp32, without its tensor cores
 WEIGHT_CALLS = 8 * 3.2  # UNet calls' worth of ziplora.calibrate.WEIGHT_ROWS forward and backward passes
 SELF_CALLS = SELF_IMAGES * SELF_STEPS * 2  # UNet calls where a LoRA has no images: with and without the prompt
+PRIOR_CALLS = 25 * 2  # UNet calls for a picture of ziplora.train.sample_prior
 HEADER_BYTES = 140  # of a safetensors header per tensor: its name, shape and offsets
 PNG_BYTES_PER_PIXEL = 1.6  # sampled photographs; drawings take less
 
@@ -51,9 +52,15 @@ class Duration:
     merge_s: float
     sample_s: float
     basis: str
+    train_s: float = 0.0
 
     @property
     def total_s(self) -> float:
+        return self.pairs_s + self.train_s
+
+    @property
+    def pairs_s(self) -> float:
+        """Without the LoRAs that are trained first."""
         return self.calibrate_s + self.merge_s + self.sample_s
 
 
@@ -63,7 +70,7 @@ class Duration:
 def merged_bytes(subject: Modules, style: Modules) -> int:
     """The published file: fp16, one rank in every module (both LoRAs' largest, added), alphas, and the header."""
     joined = dict(subject) | dict(style)
-    rank = sum(max(keys.rank for keys in side.values()) for side in (subject, style))
+    rank = sum(max((keys.rank for keys in side.values()), default=0) for side in (subject, style))
     per_rank = (keys.in_features * prod(keys.kernel) + keys.out_features for keys in joined.values())
     return sum(2 * rank * values + 2 for values in per_rank) + 3 * len(joined) * HEADER_BYTES
 
@@ -73,12 +80,21 @@ def merger_bytes(subject: Modules, style: Modules) -> int:
     return sum(4 * keys.in_features for side in (subject, style) for path, keys in side.items() if is_target(path))
 
 
-def bytes_of(jobs: Sequence[Job], modules: Mapping[str, Modules]) -> Bytes:
-    """Of all jobs; `modules` by sha256 of the LoRA. Pairs of equal structure are counted once and multiplied."""
+def bytes_of(jobs: Sequence[Job], modules: Mapping[str, Modules], targets: Modules | None = None) -> Bytes:
+    """Of all jobs; `modules` by sha256 of the LoRA. Pairs of equal structure are counted once and multiplied.
+
+    `targets`: the base's merge targets, which a method that trains writes at a rank of its own.
+    """
     structures = {digest: hash(frozenset((p, k.rank) for p, k in lora.items())) for digest, lora in modules.items()}
     known: dict[tuple[int, int], tuple[int, int]] = {}
     merged = mergers = peft = samples = 0
     for job in jobs:
+        samples += sample_bytes(job.samples)
+        if METHODS[job.method].trains:
+            trained = merged_bytes(_at_rank(targets or {}, job.knobs["rank"]), {})
+            merged += trained
+            peft += trained if "peft" in job.outputs else 0
+            continue
         pair = (structures[job.subject.lora_sha256], structures[job.style.lora_sha256])
         if pair not in known:
             both = (modules[job.subject.lora_sha256], modules[job.style.lora_sha256])
@@ -87,8 +103,11 @@ def bytes_of(jobs: Sequence[Job], modules: Mapping[str, Modules]) -> Bytes:
         merged += sizes[0]
         mergers += sizes[1] if METHODS[job.method].mergers else 0
         peft += sizes[0] if "peft" in job.outputs else 0
-        samples += sample_bytes(job.samples)
     return Bytes(merged, mergers, peft, samples)
+
+
+def _at_rank(targets: Modules, rank: int) -> Modules:
+    return {path: replace(keys, rank=rank) for path, keys in targets.items()}
 
 
 def sample_bytes(samples: SampleSettings) -> int:
@@ -181,7 +200,7 @@ def time_of(jobs: Iterable[Job], shapes: Shapes, default_size: int, factor: int)
         key = (job.method, id(job.knobs), job.seed)
         if key not in merging:
             settings = calibration_of(job)
-            side = (settings and settings.size) or default_size
+            side = (settings and settings.size) or job.knobs.get("size") or default_size
             merging[key] = settings, _merge_s(job, flop(side, side), shapes)
         settings, merge_s = merging[key]
         merge += merge_s
@@ -196,6 +215,21 @@ def time_of(jobs: Iterable[Job], shapes: Shapes, default_size: int, factor: int)
         sample / DEVICE_FLOPS,
         f"a guess from operation counts, on {DEVICE}, without loading and uploading",
     )
+
+
+def training_s(trainings: Iterable[TrainJob], shapes: Shapes, default_size: int, factor: int) -> float:
+    """Seconds of these trainings, one after another, as in `time_of`: of each step, its pictures forward and backward;
+    with prior preservation as many again of the class, which the base has to make first."""
+    total = 0.0
+    for job in trainings:
+        settings = job.settings
+        side = (settings["size"] or default_size) // factor
+        prior = settings["prior_prompt"] is not None
+        passes = settings["steps"] * settings["batch"] * (2 if prior else 1)
+        backward = BACKWARD + 1 if settings["gradient_checkpointing"] else BACKWARD
+        samples = settings["prior_images"] * PRIOR_CALLS if prior else 0
+        total += (passes * backward + samples) * forward_flop(shapes, side, side)
+    return total / DEVICE_FLOPS
 
 
 def _merge_s(job: Job, call: float, shapes: Shapes) -> float:

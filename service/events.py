@@ -4,7 +4,7 @@ nothing."""
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from service.jobs import Job
+from service.jobs import Job, TrainJob, Work
 from service.messages import TileDone
 
 
@@ -120,6 +120,52 @@ class JobGivenUp:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingStarted:
+    """A LoRA is being trained, that pairs wait for."""
+
+    training: TrainJob
+    worker: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingAt:
+    """Where a training is, of a LoRA or of a pair whose method trains: now and then, and first where it goes on from.
+    `loss` is the mean since the last time, None at first."""
+
+    job: Work
+    worker: str
+    step: int
+    steps: int
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingDone:
+    """The LoRA is in the catalog; `already`: another attempt had put it there first."""
+
+    training: TrainJob
+    worker: str
+    already: bool
+    stages: Mapping[str, float] = field(default_factory=dict)
+    n_bytes: int = 0
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFailed:
+    """As JobFailed, of a training."""
+
+    training: TrainJob
+    worker: str
+    attempt: int
+    kind: str
+    reason: str
+    retry: bool
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished:
     """`interrupted`: ended by a signal; what is committed stays, and the same command goes on from there."""
 
@@ -142,6 +188,10 @@ Event = (
     | JobCommitted
     | JobFailed
     | JobGivenUp
+    | TrainingStarted
+    | TrainingAt
+    | TrainingDone
+    | TrainingFailed
     | RunFinished
 )
 Observer = Callable[[Event], None]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from service.jobs import Job
+from service.jobs import Work
 
 
 @dataclass(slots=True)
@@ -12,7 +12,7 @@ class Hand:
     `merging_since`; `tile` are the ids of its current tile; `done_elsewhere` of jobs that it has and a copy on another
     worker has settled. `since`: its last commit, or when it began to work."""
 
-    given: dict[str, Job] = field(default_factory=dict)
+    given: dict[str, Work] = field(default_factory=dict)
     tile: tuple[str, ...] = ()
     begun: set[str] = field(default_factory=set)
     now: tuple[str, ...] = ()
@@ -25,7 +25,7 @@ class Hand:
     failures: int = 0  # of jobs, one after another
 
 
-def late_jobs(hand: Hand, now: float, job_s: Callable[[Job], float | None]) -> Iterator[tuple[float, Job]]:
+def late_jobs(hand: Hand, now: float, job_s: Callable[[Work], float | None]) -> Iterator[tuple[float, Work]]:
     """(seconds until it will be done, job) of what is being merged or waits behind that. job_s: what a job takes this
     worker, None while nobody knows. What takes longer than it should will take as long again."""
     seconds = 0.0

@@ -17,6 +17,8 @@ Role = Literal["subject", "style"]
 Architecture = Literal["sdxl", "sd15"]
 
 ALGORITHM = 1  # raised whenever the same inputs would give another result: old entries are then no longer taken as done
+TRAINING_ALGORITHM = 1  # the same, for LoRAs that a run trains
+TRAINING = "train"  # what the work of a TrainJob is called, among the methods
 TEMPLATE_FIELDS = ("subject", "style")
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
@@ -31,7 +33,11 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """One LoRA with what a merge must know of it. `weight` scales its whole update; `images` may be empty."""
+    """One LoRA with what a merge must know of it. `weight` scales its whole update; `images` may be empty.
+
+    `trained`: the run trains the LoRA itself, so that its bytes are not known before: `lora_sha256` is then the id of
+    its TrainJob, under which the catalog keeps it. A method that looks at no LoRA has concepts without one, '' and ''.
+    """
 
     id: str
     role: Role
@@ -41,6 +47,8 @@ class Concept:
     trigger: str  # the words that stand for it in sample prompts
     images: tuple[ImageRef, ...] = ()
     weight: float = 1.0
+    trained: bool = False
+    captions: tuple[str, ...] = ()  # of each image, for a method that trains on them
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +138,63 @@ class Job:
     def pair(self) -> str:
         return f"{self.subject.id}/{self.style.id}"
 
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Digests of the LoRAs that it needs."""
+        return tuple(concept.lora_sha256 for concept in (self.subject, self.style) if concept.lora_sha256)
 
-def identity(job: Job) -> dict[str, Any]:
+    @property
+    def trainings(self) -> tuple[str, ...]:
+        """Ids of the TrainJobs that have to be done before."""
+        return tuple(concept.lora_sha256 for concept in (self.subject, self.style) if concept.trained)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """A LoRA to be trained from pictures, with everything that changes it; for as many pairs as need it. Its id stands
+    for the LoRA where a file's sha256 otherwise does."""
+
+    base: BaseRef
+    id: str  # the concept's, for people: no part of its identity
+    role: Role
+    images: tuple[ImageRef, ...]
+    captions: tuple[str, ...]  # of each image
+    settings: Mapping[str, Any]  # fields of ziplora.train_settings.TrainSettings, all of them; JSON values
+    job_id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "job_id", job_id(identity(self)))
+
+    def __hash__(self) -> int:
+        return hash(self.job_id)
+
+    @property
+    def pair(self) -> str:
+        """What messages call it, where they name the pair of a job."""
+        return f"{self.role}s.{self.id}"
+
+    @property
+    def method(self) -> str:
+        return TRAINING
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        return ()
+
+
+Work = Job | TrainJob  # what a worker is given
+
+
+def identity(job: Work) -> dict[str, Any]:
     """Everything that changes the job's result, as JSON values; nothing that does not."""
+    if isinstance(job, TrainJob):
+        return {
+            "training": TRAINING_ALGORITHM,
+            "base": _base_identity(job.base),
+            "images": [image.sha256 for image in job.images],
+            "captions": list(job.captions),
+            "settings": dict(job.settings),
+        }
     return {
         "algorithm": ALGORITHM,
         "base": _base_identity(job.base),
@@ -203,7 +265,7 @@ def _concept_identity(concept: Concept) -> dict[str, Any]:
         "trigger": concept.trigger,
         "images": [image.sha256 for image in concept.images],
         "weight": concept.weight,
-    }
+    } | ({"captions": list(concept.captions)} if concept.captions else {})
 
 
 def _scorers_identity(scorers: Scorers) -> dict[str, str]:
@@ -220,25 +282,17 @@ def job_id(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
 
 
-def to_json(job: Job) -> str:
+def to_json(job: Work) -> str:
     """The job with its locations, for a worker."""
     return canonical_json(asdict(job))
 
 
-def from_json(text: str) -> Job:
+def from_json(text: str) -> Work:
     """The job that `to_json` wrote. ValueError when this version of the code would write other fields or another id."""
     try:
         fields = json.loads(text)
         claimed = fields.pop("job_id")
-        job = Job(
-            base=BaseRef(**fields.pop("base")),
-            subject=_concept(fields.pop("subject")),
-            style=_concept(fields.pop("style")),
-            samples=_samples(fields.pop("samples")),
-            outputs=tuple(fields.pop("outputs")),
-            scorers=_scorers(fields.pop("scorers")),
-            **fields,
-        )
+        job = _train_job(fields) if "subject" not in fields else _job(fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a job as this version writes it ({error}): run the same version everywhere") from error
     if job.job_id != claimed:
@@ -249,8 +303,30 @@ def from_json(text: str) -> Job:
     return job
 
 
+def _job(fields: dict[str, Any]) -> Job:
+    return Job(
+        base=BaseRef(**fields.pop("base")),
+        subject=_concept(fields.pop("subject")),
+        style=_concept(fields.pop("style")),
+        samples=_samples(fields.pop("samples")),
+        outputs=tuple(fields.pop("outputs")),
+        scorers=_scorers(fields.pop("scorers")),
+        **fields,
+    )
+
+
+def _train_job(fields: dict[str, Any]) -> TrainJob:
+    return TrainJob(base=BaseRef(**fields.pop("base")), **_tuples(fields))
+
+
 def _concept(fields: dict[str, Any]) -> Concept:
-    return Concept(**{**fields, "images": tuple(ImageRef(**image) for image in fields["images"])})
+    return Concept(**_tuples(fields))
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """The pictures with their captions as values again."""
+    images = tuple(ImageRef(**image) for image in fields["images"])
+    return {**fields, "images": images, "captions": tuple(fields["captions"])}
 
 
 def _samples(fields: dict[str, Any]) -> SampleSettings:

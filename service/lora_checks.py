@@ -1,23 +1,26 @@
 """Each LoRA of a manifest with its reference images: there, sound, fit for the base. No values are loaded, no torch.
 
-A file gives a range read of its header and, once per version of it, a pass for its sha256.
+A file gives a range read of its header and, once per version of it, a pass for its sha256. Where there are only images,
+what there is to check is the training that they are for.
 """
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from service.base_files import BaseFiles
 from service.errors import BadInput, NotFound, StorageError
 from service.images import MAX_BYTES, check_image
 from service.inputs import DigestCache, open_input
-from service.jobs import ImageRef
+from service.jobs import ImageRef, TrainJob
 from service.manifest import LoRASpec, Manifest
 from service.steps import Steps, parallel
 from ziplora.errors import LoRAError
 from ziplora.layouts import ModuleKeys, ParsedLoRA, check_shapes, component, is_target, parse, read_header
+from ziplora.train_settings import TrainSettings, caption_of, check_trigger
 
+MAX_CAPTION_BYTES = 1 << 16
 Structure = tuple[tuple[str, ModuleKeys], ...]
 OF = re.compile(
     r"(?:an?\s+|the\s+)?(?:photo|photograph|picture|image|painting|drawing|render(?:ing)?)\s+of\s+(?:an?\s+)?(.+)$"
@@ -26,7 +29,11 @@ OF = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class CheckedLoRA:
-    """One LoRA of the manifest as found: its content if it can be used, and all its problems."""
+    """One LoRA of the manifest as found: its content if it can be used, and all its problems.
+
+    `training`: how it comes to be, where it is no file; `sha256` is then that job's id, and '' of a concept whose LoRA
+    no method looks at. `captions`: of each image, where anything is trained on them.
+    """
 
     spec: LoRASpec
     sha256: str
@@ -37,6 +44,8 @@ class CheckedLoRA:
     notes: tuple[str, ...]
     images: tuple[ImageRef, ...]
     problems: tuple[str, ...]
+    captions: tuple[str, ...] = ()
+    training: TrainJob | None = None
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -69,12 +78,13 @@ def _check_lora(manifest: Manifest, spec: LoRASpec, base: BaseFiles | None, dige
     problems: list[str] = []
     sha256, n_bytes, parsed = "", 0, None
     try:
-        file = open_input(spec.lora, digests)
-        n_bytes = file.size
-        parsed = parse(read_header(file.read, file.size, spec.lora), spec.lora)
-        if base:
-            check_shapes(parsed, base.shapes, spec.lora)
-        sha256 = file.sha256()
+        if spec.lora:
+            file = open_input(spec.lora, digests)
+            n_bytes = file.size
+            parsed = parse(read_header(file.read, file.size, spec.lora), spec.lora)
+            if base:
+                check_shapes(parsed, base.shapes, spec.lora)
+            sha256 = file.sha256()
     except (LoRAError, StorageError) as error:
         problems.append(f"{manifest.where(*spec.field, 'lora')}: {_advised(error)}")
     images = []
@@ -85,7 +95,7 @@ def _check_lora(manifest: Manifest, spec: LoRASpec, base: BaseFiles | None, dige
             written_apart = (*spec.field, "images", i) in manifest.lines and len(spec.images) > 1
             field = ("images", i) if written_apart else ("images",)
             problems.append(f"{manifest.where(*spec.field, *field)}: {_advised(error)}")
-    return CheckedLoRA(
+    checked = CheckedLoRA(
         spec=spec,
         sha256=sha256,
         n_bytes=n_bytes,
@@ -96,6 +106,64 @@ def _check_lora(manifest: Manifest, spec: LoRASpec, base: BaseFiles | None, dige
         images=tuple(images),
         problems=tuple(problems),
     )
+    trained = not spec.lora and manifest.takes_loras
+    if checked.problems or not checked.images or not (trained or manifest.takes_captions):
+        return checked
+    return _with_training(manifest, checked, base if trained else None)
+
+
+def _with_training(manifest: Manifest, checked: CheckedLoRA, base: BaseFiles | None) -> CheckedLoRA:
+    """With what its images are trained on as; with `base`, also the training that its LoRA is to come from."""
+    spec, (trigger, _) = checked.spec, trigger_of(checked)
+    problems = []
+    captions: list[str] = []
+    try:
+        check_trigger(spec.prompt, trigger)
+    except ValueError as error:
+        problems.append(f"{manifest.where(*spec.field, 'trigger')}: {error}; correct one of them")
+    for image in checked.images if not problems else ():
+        try:
+            captions.append(_caption(image.location, spec.prompt, trigger))
+        except (ValueError, StorageError) as error:
+            problems.append(f"{manifest.where(*spec.field, 'images')}: {error}")
+    if base is None or problems:
+        return replace(checked, captions=tuple(captions), problems=tuple(problems))
+    size = spec.training["size"]
+    if size is not None and size % base.size_step:
+        field = (*spec.field, "training", "size")
+        where = manifest.where(*(field if field in manifest.lines else ("training", "size")))
+        problem = f"{where}: {size} pixels do not fit the base; expected a multiple of {base.size_step}"
+        return replace(checked, captions=tuple(captions), problems=(problem,))
+    settings = asdict(TrainSettings(spec.prompt, trigger, **spec.training))
+    training = TrainJob(base.ref, spec.id, spec.role, checked.images, tuple(captions), settings)
+    return replace(
+        checked,
+        sha256=training.job_id,
+        layout="to be trained",
+        modules=trained_modules(base.shapes, settings["rank"]),
+        captions=tuple(captions),
+        training=training,
+    )
+
+
+def trained_modules(shapes: Mapping[str, tuple[int, ...]], rank: int) -> dict[str, ModuleKeys]:
+    """What a LoRA that is trained here will hold; `shapes`: of the base's weights, by canonical path."""
+    return {
+        path: ModuleKeys(f"{path}.down", f"{path}.up", None, 1.0, rank, shape[1], shape[0], ())
+        for path, shape in shapes.items()
+        if is_target(path)
+    }
+
+
+def _caption(image: str, prompt: str, trigger: str) -> str:
+    """That of the text file beside the picture, dog.txt beside dog.png, else the prompt; ValueError, StorageError."""
+    location = f"{image.rpartition('.')[0]}.txt" if "." in image.rpartition("/")[2] else f"{image}.txt"
+    try:
+        file = open_input(location)
+        content = file.read(0, min(file.size, MAX_CAPTION_BYTES))
+    except NotFound:
+        return prompt
+    return caption_of(content, prompt, trigger, location)
 
 
 def _advised(error: Exception) -> str:

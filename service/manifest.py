@@ -29,6 +29,7 @@ from service.manifest_file import (
     check_lora,
     check_seeds,
     check_text,
+    check_training,
 )
 from service.pairs import choose_pairs
 from service.scorer_files import Kind
@@ -47,7 +48,11 @@ KINDS: tuple[Kind, ...] = ("clip", "dino")
 
 @dataclass(frozen=True, slots=True)
 class LoRASpec:
-    """A subject or style with resolved locations: absolute paths or s3 URLs, patterns expanded."""
+    """A subject or style with resolved locations: absolute paths or s3 URLs, patterns expanded.
+
+    `lora` is '' where there are only images. `training`: how a LoRA is then trained on them, fields of TrainSettings
+    but the prompt and the trigger, as JSON values.
+    """
 
     id: str
     role: Role
@@ -56,6 +61,7 @@ class LoRASpec:
     trigger: str | None
     images: tuple[str, ...]
     weight: float
+    training: Mapping[str, Any]
 
     @property
     def field(self) -> FieldPath:
@@ -118,6 +124,15 @@ class Manifest:
     output: str  # absolute directory or s3 URL
     defaulted: tuple[str, ...]
     lines: Mapping[FieldPath, int]
+
+    @property
+    def takes_loras(self) -> bool:
+        """Whether any method looks at the LoRAs; one that trains on both concepts' images does not."""
+        return not all(METHODS[merge.method].trains for merge in self.merges)
+
+    @property
+    def takes_captions(self) -> bool:
+        return any(METHODS[merge.method].trains for merge in self.merges)
 
     def where(self, *field: str | int) -> str:
         """`demo.yaml:7: subjects.dog.lora`, for messages about what a field names."""
@@ -203,6 +218,7 @@ class _Reading:
         prompts = tuple(self._prompts())
         self._check_strengths(file, merges)
         self._check_outputs(file, merges)
+        self._check_images(merges, pairs)
         base, output = self._model("base"), self._output()
         scorers = {kind: self._model("scores", kind) for kind in KINDS if self._section("scores").get(kind) is not None}
         if self.problems or file is None:
@@ -249,10 +265,23 @@ class _Reading:
                 continue
             lora = self._location((role, id, "lora"), entry.get("lora"))
             images = tuple(self._images((role, id, "images"), entry.get("images", [])))
+            if not entry.get("lora") and not entry.get("images"):
+                self._problem(
+                    (role, id, "lora"),
+                    "missing; expected the LoRA file: a path or s3://bucket/key, or else images, to train one on",
+                )
+            if entry.get("lora") and "training" in entry:
+                self._problem((role, id, "training"), "given beside lora, which is trained already; keep one of them")
             checked = check_lora(entry)
             if checked:
                 kind: Role = "subject" if role == "subjects" else "style"
-                yield LoRASpec(id, kind, lora, checked.prompt, checked.trigger, images, checked.weight)
+                training = self._training() | checked.training.model_dump(exclude_unset=True)
+                yield LoRASpec(id, kind, lora, checked.prompt, checked.trigger, images, checked.weight, training)
+
+    def _training(self) -> dict[str, Any]:
+        """The manifest's own settings, the paper's where it has none."""
+        section = check_training(self.raw.get("training", {}))
+        return section.model_dump() if section is not None else {}
 
     def _check_id(self, role: str, id: str, seen: dict[str, str]) -> None:
         twin = seen.setdefault(id.lower(), id)
@@ -392,6 +421,19 @@ class _Reading:
                 f" outputs out, or merge by {fileless[0]} in a manifest of its own",
             )
 
+    def _check_images(self, merges: Iterable[MergeSpec], pairs: Iterable[tuple[str, str]]) -> None:
+        """A method that trains needs pictures of both concepts of each pair."""
+        names = [merge.method for merge in merges if METHODS[merge.method].trains]
+        used = {(role, id) for pair in pairs for role, id in zip(("subjects", "styles"), pair, strict=True)}
+        for role, id in sorted(used) if names else ():
+            entry = self._section(role).get(id)
+            if isinstance(entry, dict) and not entry.get("images"):
+                self._problem(
+                    (role, id, "images"),
+                    f"missing; {names[0]} trains on pictures of both subject and style: give some, or leave {id} out of"
+                    f" the pairs, or merge by {names[0]} in a manifest of its own",
+                )
+
     # Sample prompts
 
     def _prompts(self) -> Iterator[SamplePrompt]:
@@ -463,6 +505,14 @@ class _Reading:
             unweighted = [id for id, lora in getattr(file, role).items() if "weight" not in lora.model_fields_set]
             if unweighted:
                 yield f"{role}: weight 1.0 for {len(unweighted)} of {len(getattr(file, role))}"
+        looked_at = any(not METHODS[merge.method].trains for merge in merges)
+        bare = [lora for lora in (*file.subjects.values(), *file.styles.values()) if not lora.lora]
+        settings = file.training.model_dump()
+        if bare and looked_at:
+            left = [name for name in settings if name not in file.training.model_fields_set]
+            yield f"training: {', '.join(f'{name} {plain(settings[name])}' for name in left)}"
+        elif "training" in self.raw:
+            yield "training: not looked at, as nothing is to be trained by it"
 
 
 def _scorer_specs(section: ScoresSection, locations: Mapping[Kind, str]) -> Iterator[ScorerSpec]:

@@ -98,14 +98,41 @@ class ScoresSection(Strict):
     )
 
 
+class TrainingSection(Strict):
+    """How LoRAs are trained for subjects and styles that give images and no LoRA. Fields and defaults are those of
+    TrainSettings: the paper's."""
+
+    rank: int = Field(default=64, ge=1, le=1024, description="rank of the update of each layer")
+    alpha: float | None = Field(
+        default=None, gt=0, description="the update is scaled by alpha/rank; as rank if not given"
+    )
+    steps: int = Field(default=1000, ge=1, description="updates in all")
+    batch: int = Field(default=1, ge=1, description="pictures per update")
+    lr: float = Field(default=5e-5, gt=0, le=1, description="learning rate")
+    lr_schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate over the steps")
+    seed: Seed = Field(default=0, description="decides noise and order")
+    size: Pixels | None = Field(default=None, description="side of the pictures in pixels; as the base was trained")
+    prior_prompt: Text | None = Field(
+        default=None, description="prior preservation: keep what the base knows of, say, 'a photo of a dog'"
+    )
+    prior_images: int = Field(default=32, ge=1, description="pictures of it that the base makes first")
+    prior_weight: float = Field(default=1.0, ge=0, description="its weight in the loss")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
+
+
 class LoRASection(Strict):
     """One subject or style."""
 
-    lora: Location = Field(description="the LoRA file: a path or s3://bucket/key")
+    lora: Location | None = Field(
+        None, description="the LoRA file: a path or s3://bucket/key; without it, one is trained on the images"
+    )
     prompt: Text = Field(description="the prompt that the LoRA was trained with, such as 'a photo of sks dog'")
     trigger: Text | None = Field(None, description="the words that stand for it in sample prompts, such as 'sks dog'")
     images: Images = Field([], description="reference images: paths, s3://bucket/key, or patterns such as dog/*.png")
     weight: float = Field(1.0, ge=-10, le=10, description="scales the whole LoRA")
+    training: TrainingSection = Field(
+        TrainingSection(), description="what differs from the manifest's training, where its LoRA is trained"
+    )
 
 
 class SamplesSection(Strict):
@@ -138,6 +165,9 @@ class ManifestFile(Strict):
     )
     merge: Any = Field(None, description="a method with its knobs, or a list of them")
     samples: SamplesSection = Field(SamplesSection(), description="what to sample from each merge; {} for nothing")
+    training: TrainingSection = Field(
+        TrainingSection(), description="how LoRAs are trained where there are images only; the paper's settings"
+    )
     scores: ScoresSection = Field(ScoresSection(), description="models that judge the samples: {clip: …, dino: …}")
     outputs: Outputs = Field([], description="objects on request: peft, the merged LoRA in PEFT layout too")
     output: Location = Field(description="where the catalog goes: a directory or s3://bucket/prefix")
@@ -157,6 +187,14 @@ def check_lora(raw: Mapping[str, Any]) -> LoRASection | None:
     """None if it has any fault: `check_file` tells which."""
     try:
         return LoRASection.model_validate(raw)
+    except ValidationError:
+        return None
+
+
+def check_training(raw: Any) -> TrainingSection | None:
+    """None if it has any fault: `check_file` tells which."""
+    try:
+        return TrainingSection.model_validate(raw)
     except ValidationError:
         return None
 
@@ -204,14 +242,14 @@ def _checked(kind: Any, value: Any, field: FieldPath) -> tuple[Any, list[Fault]]
 
 def _file_fault(raw: Mapping[str, Any], error: Any) -> Fault:
     field = _written(raw, error["loc"], missing=error["type"] == "missing")
-    fields = _model_of(field).model_fields
+    known = _model_of(field).model_fields
     name = str(field[-1])
     if error["type"] == "extra_forbidden":
-        return Fault(field, unknown("unknown field", list(fields), name))
+        return Fault(field, unknown("unknown field", list(known), name))
     if error["type"] == "missing":
-        return Fault(field, f"missing; expected {fields[name].description}")
+        return Fault(field, f"missing; expected {known[name].description}")
     if error["type"] == "too_short" and name in ("subjects", "styles"):
-        return Fault(field, f"empty; expected {fields[name].description}")
+        return Fault(field, f"empty; expected {known[name].description}")
     return Fault(field, _text_of(error))
 
 
@@ -229,6 +267,8 @@ def _written(value: Any, loc: tuple[str | int, ...], *, missing: bool = False) -
 def _model_of(field: FieldPath) -> type[BaseModel]:
     """The model whose field the last part of `field` is."""
     match field:
+        case ("subjects" | "styles", _, "training", _, *_) | ("training", _, *_):
+            return TrainingSection
         case ("subjects" | "styles", _, _, *_):
             return LoRASection
         case ("samples", _, *_):
@@ -288,17 +328,17 @@ def _text_of(error: Any) -> str:
 def manifest_schema() -> dict[str, Any]:
     """The manifest's JSON Schema (2020-12), for editors that complete and check YAML; knobs as in METHODS."""
     schema = ManifestFile.model_json_schema(mode="validation")
-    fields = schema["properties"]
+    named = schema["properties"]
     text = {"type": "string"}
     texts = {"anyOf": [text, {"type": "array", "items": text}]}
     patterns = {"type": "object", "properties": {"include": texts, "exclude": texts}, "additionalProperties": False}
     pair = {"type": "array", "items": text, "minItems": 2, "maxItems": 2}
-    fields["pairs"]["anyOf"] = [{"const": "all"}, patterns, {"type": "array", "items": pair}]
+    named["pairs"]["anyOf"] = [{"const": "all"}, patterns, {"type": "array", "items": pair}]
     merges = [{"enum": list(METHODS)}, *map(_method_schema, METHODS)]
-    fields["merge"]["anyOf"] = [*merges, {"type": "array", "items": {"anyOf": merges}, "minItems": 1}]
+    named["merge"]["anyOf"] = [*merges, {"type": "array", "items": {"anyOf": merges}, "minItems": 1}]
     prompts = schema["$defs"]["SamplesSection"]["properties"]["prompts"]
     prompts["anyOf"] = [*texts["anyOf"], {"type": "object", "additionalProperties": text}]
-    for several_spellings in (fields["merge"], prompts, fields["samples"], fields["scores"]):
+    for several_spellings in (named["merge"], prompts, named["samples"], named["scores"]):
         several_spellings.pop("default", None)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from service.jobs import Job
+from service.jobs import Job, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +28,17 @@ class WorkerSettings:
     workers_per_node: int = 1  # that share it
     side_by_side: int = 0
     overlap: bool = True  # fetch ahead and upload behind the merges; False: one thing after another
+    checkpoint_s: float = 60.0  # between two checkpoints of a training
     store_patience_s: float = 600.0  # how long a worker waits for a store that does not answer, keeping what it made
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
     """Jobs for one worker, in the order in which it does them. `ahead` comes next for it, if all goes well: what it
-    may fetch meanwhile. A tile without jobs asks for the end of what is still uploading."""
+    may fetch meanwhile. A tile without jobs asks for the end of what is still uploading. A training has a tile of its
+    own."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[Work, ...]
     ahead: tuple[Job, ...] = ()
 
 
@@ -48,6 +50,17 @@ class Began:
     """These jobs are being merged from now on, side by side: if the process dies, it was one of them."""
 
     job_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A training, or a job whose method trains, is at `step` of `steps`; said first of where it goes on from. `loss`
+    is the mean since the last word, None at first."""
+
+    job_id: str
+    step: int
+    steps: int
+    loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,4 +104,4 @@ class TileDone:
     side_by_side: int = 1
 
 
-Message = Began | Stalled | JobResult | TileDone
+Message = Began | Learned | Stalled | JobResult | TileDone

@@ -47,6 +47,12 @@ class Metrics:
         self.given_up = Counter(
             "ziplora_given_up", "Jobs that were given up, by the kind of failure.", ["reason"], registry=registry
         )
+        self.trainings = Counter(
+            "ziplora_trainings",
+            "Attempts at training a LoRA that ended, by outcome: trained, already, or the kind of failure.",
+            ["outcome"],
+            registry=registry,
+        )
         self.tiles = Counter("ziplora_tiles", "Tiles of jobs given to workers.", registry=registry)
         self.tile_seconds = Histogram(
             "ziplora_tile_seconds",
@@ -56,7 +62,7 @@ class Metrics:
         )
         self.stages = Histogram(
             "ziplora_stage_seconds",
-            "Seconds that a committed job spent in a stage.",
+            "Seconds that a committed job, or a LoRA's training, spent in a stage.",
             ["stage"],
             buckets=STAGE_BUCKETS,
             registry=registry,
@@ -171,9 +177,7 @@ class Metrics:
                 for kind, cosine in event.alignments.items():
                     self._of(self.alignments, kind).observe(cosine)
                 self.written.inc(event.n_bytes)
-                if event.peak_bytes > self._peak:
-                    self._peak = event.peak_bytes
-                    self.peak.set(self._peak)
+                self._note_peak(event.peak_bytes)
                 self._commits.append(self._clock())
                 self._forget()
             case events.JobFailed():
@@ -182,6 +186,16 @@ class Metrics:
             case events.JobGivenUp():
                 self._move("left", "given_up")
                 self._of(self.given_up, event.kind).inc()
+            case events.TrainingAt():
+                self._see(event.worker, 1)
+            case events.TrainingDone():
+                for stage, seconds in event.stages.items():
+                    self._of(self.stages, stage).observe(seconds)
+                self._of(self.trainings, "already" if event.already else "trained").inc()
+                self.written.inc(event.n_bytes)
+                self._note_peak(event.peak_bytes)
+            case events.TrainingFailed():
+                self._of(self.trainings, event.kind).inc()
             case events.RunFinished():
                 self._count_presence()
                 self.eta.set(0 if not event.left else math.nan)
@@ -192,6 +206,11 @@ class Metrics:
         if key not in self._labelled:
             self._labelled[key] = metric.labels(*labels)
         return self._labelled[key]
+
+    def _note_peak(self, n_bytes: int) -> None:
+        if n_bytes > self._peak:
+            self._peak = n_bytes
+            self.peak.set(n_bytes)
 
     def _move(self, source: str, target: str) -> None:
         self._states[source] -= 1

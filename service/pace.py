@@ -3,6 +3,8 @@ worker is taken for hung, and the estimate of the end. No clock: seconds come wi
 
 from collections.abc import Collection, Mapping
 
+from service.jobs import TRAINING
+
 PRIOR_WEIGHT = 1.0  # in jobs: operation counts are right within a factor, one finished job is better
 MEMORY = 20.0  # jobs; older ones fade, since the first of a run calibrate more than the later ones
 WORKER_MEMORY = 5.0  # jobs by which a worker's own speed is judged
@@ -31,10 +33,11 @@ class Pace:
     """Seconds per job by method, and how slow each worker is against the others.
 
     prior_s: what a job is thought to take, from service/cost.py; None: nobody knows until the first is done.
+    training_s: the same of a training.
     """
 
-    def __init__(self, prior_s: float | None = None) -> None:
-        self.prior_s = prior_s
+    def __init__(self, prior_s: float | None = None, training_s: float | None = None) -> None:
+        self.prior_s, self.training_s = prior_s, training_s
         self._jobs: dict[str, _Mean] = {}
         self._own: dict[str, _Mean] = {}  # the same without what is done once per LoRA
         self._stages: dict[str, _Mean] = {}
@@ -48,7 +51,8 @@ class Pace:
         seconds = sum(seconds for stage, seconds in stages.items() if stage not in OVERLAPPED)
         once = sum(stages.get(stage, 0.0) for stage in OF_A_LORA)
         if method not in self._jobs:
-            self._jobs[method] = _Mean(MEMORY, self.prior_s or 0.0, PRIOR_WEIGHT if self.prior_s else 0.0)
+            prior_s = self.training_s if method == TRAINING else self.prior_s
+            self._jobs[method] = _Mean(MEMORY, prior_s or 0.0, PRIOR_WEIGHT if prior_s else 0.0)
             self._own[method] = _Mean(MEMORY)
         own = seconds - once  # whom the new LoRAs fall to is chance
         usual = self._own[method].value if self._own[method].weight else own
@@ -80,10 +84,11 @@ class Pace:
     def job_s(self, method: str | None = None, worker: str | None = None) -> float | None:
         """Seconds of one job, of all methods together if none is given; None if nobody knows."""
         if method is None:
-            known = [mean.value for mean in self._jobs.values()]
+            known = [mean.value for method, mean in self._jobs.items() if method != TRAINING]
             seconds = sum(known) / len(known) if known else self.prior_s
         else:
-            seconds = self._jobs[method].value if method in self._jobs else self.prior_s
+            prior_s = self.training_s if method == TRAINING else self.prior_s
+            seconds = self._jobs[method].value if method in self._jobs else prior_s
         return None if seconds is None else seconds * (self.slowness(worker) if worker else 1.0)
 
     def stages(self) -> dict[str, float]:

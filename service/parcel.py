@@ -49,7 +49,10 @@ def pack(manifest: Manifest) -> Parcel:
             there.append(text)
         elif not text.startswith("s3://"):
             try:
-                found += _files(text, source.parent, is_model)
+                files = _files(text, source.parent, is_model)
+                found += files
+                if "images" in field:  # with what each of them is trained on as
+                    found += [caption for path in files if (caption := path.with_suffix(".txt")).is_file()]
             except NotFound as error:
                 problems.append(f"{manifest.where(*field)}: {error}")
     if problems:
@@ -124,7 +127,8 @@ def _locations(raw: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str, bool]]:
     """(field, what is written, whether it is a model) for everything that a checked manifest reads from disk."""
     for role in ("subjects", "styles"):
         for id, entry in raw[role].items():
-            yield (role, id, "lora"), entry["lora"].strip(), False
+            if entry.get("lora"):
+                yield (role, id, "lora"), entry["lora"].strip(), False
             images = entry.get("images", [])
             for text in images if isinstance(images, list) else [images]:
                 yield (role, id, "images"), text.strip(), False

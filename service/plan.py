@@ -4,14 +4,14 @@ Everything that needs no GPU is checked here: files exist, headers are sound, sh
 catalog can be listed. A problem of one LoRA does not hide those of another. Neither torch nor Ray is imported.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from service.base_files import BaseFiles, read_base
 from service.catalog import Catalog
-from service.cost import Bytes, Duration, bytes_of, calibration_of, time_from, time_of
+from service.cost import Bytes, Duration, bytes_of, calibration_of, time_from, time_of, training_s
 from service.errors import Corrupted, ManifestError, NotFound, ServiceError, StorageError
 from service.inputs import DigestCache
 from service.jobs import (
@@ -23,14 +23,17 @@ from service.jobs import (
     SampleSettings,
     ScorerRef,
     Scorers,
+    TrainJob,
     shows_pair,
 )
-from service.lora_checks import CheckedLoRA, check_loras, trigger_of
+from service.lora_checks import CheckedLoRA, check_loras, trained_modules, trigger_of
 from service.manifest import LoRASpec, Manifest
 from service.scorer_files import read_scorer
 from service.steps import Steps
 from service.storage import open_store
+from service.trained import TrainedLoRAs
 from service.wording import field_name, plain, some
+from ziplora.methods import METHODS
 
 GUIDANCE: dict[Architecture, float] = {"sdxl": 5.0, "sd15": 7.5}  # the defaults of diffusers' pipelines
 NO_IMAGES = "no reference images, so images that the LoRA itself generates take their place"
@@ -55,7 +58,14 @@ class Plan:
     problems: tuple[str, ...]
     defaulted: tuple[str, ...]
     n_bytes: Bytes  # of the jobs left
-    duration: Duration  # of the jobs left
+    duration: Duration  # of the jobs and trainings left
+    trainings: tuple[TrainJob, ...] = ()  # each LoRA that is not given but trained, once
+    trained: frozenset[str] = frozenset()  # ids of those of them that the catalog has
+
+    @property
+    def trainings_left(self) -> tuple[TrainJob, ...]:
+        """Those that a job which is left needs."""
+        return _needed(self.trainings, self.trained, self.left)
 
     @property
     def left(self) -> tuple[Job, ...]:
@@ -75,6 +85,17 @@ class Plan:
             "scorers": asdict(self.scorers),
             "loras": [_lora_json(lora) for lora in self.loras],
             "counts": {"jobs": len(self.jobs), "committed": len(self.committed), "left": len(self.left)},
+            "trainings": [
+                {
+                    "training_id": training.job_id,
+                    "role": training.role,
+                    "id": training.id,
+                    "images": len(training.images),
+                    "settings": dict(training.settings),
+                    "trained": training.job_id in self.trained,
+                }
+                for training in self.trainings
+            ],
             "images_per_job": self.jobs[0].samples.n_images if self.jobs else 0,
             "bytes": {**asdict(self.n_bytes), "total": self.n_bytes.total},
             "seconds": {**asdict(self.duration), "total_s": self.duration.total_s},
@@ -120,7 +141,9 @@ def plan(
     jobs: tuple[Job, ...] = ()
     defaulted = list(manifest.defaulted)
     if base and samples and not unfit:
-        concepts = {(lora.spec.role, lora.spec.id): _concept(lora) for lora in loras if not lora.problems}
+        concepts = {
+            (lora.spec.role, lora.spec.id): _concept(lora, manifest.output) for lora in loras if not lora.problems
+        }
         jobs = tuple(_jobs(manifest, base.ref, concepts, samples, scorers))
         defaulted += _sample_defaults(manifest, samples)
         defaulted += _unscored(scorers, samples, loras)
@@ -128,7 +151,10 @@ def plan(
     defaulted += _unused(manifest, used)
     committed, stages, unlisted = _catalog(manifest, jobs)
     left = [job for job in jobs if job.job_id not in committed]
+    trainings = _once(lora.training for lora in loras)
+    trained = _trained(manifest) if trainings and not unlisted else frozenset()
     modules = {lora.sha256: lora.modules for lora in loras if not lora.problems}
+    targets = trained_modules(base.shapes, 1) if base and manifest.takes_captions else None
     return Plan(
         manifest=manifest.name,
         manifest_digest=manifest.digest,
@@ -140,8 +166,10 @@ def plan(
         committed=frozenset(committed),
         problems=(*problems, *unlisted),
         defaulted=tuple(defaulted),
-        n_bytes=bytes_of(left, modules),
-        duration=_duration(left, stages, base),
+        n_bytes=bytes_of(left, modules, targets),
+        duration=_duration(left, stages, base, _needed(trainings, trained, left)),
+        trainings=trainings,
+        trained=trained,
     )
 
 
@@ -174,10 +202,48 @@ def _used(manifest: Manifest) -> list[LoRASpec]:
     return [lora for lora in manifest.subjects if lora.id in subjects] + [s for s in manifest.styles if s.id in styles]
 
 
-def _concept(lora: CheckedLoRA) -> Concept:
-    spec = lora.spec
+@dataclass(frozen=True, slots=True)
+class _Concepts:
+    """One subject or style, as the methods see it: with its LoRA, and with no more than its pictures."""
+
+    merged: Concept
+    pictured: Concept
+
+    def of(self, method: str) -> Concept:
+        return self.pictured if METHODS[method].trains else self.merged
+
+
+def _concept(lora: CheckedLoRA, output: str) -> _Concepts:
+    spec, trained = lora.spec, lora.training is not None
     trigger, _ = trigger_of(lora)
-    return Concept(spec.id, spec.role, spec.lora, lora.sha256, spec.prompt, trigger, lora.images, spec.weight)
+    location = f"{output}/loras/{lora.sha256}" if trained else spec.lora
+    return _Concepts(
+        Concept(
+            spec.id, spec.role, location, lora.sha256, spec.prompt, trigger, lora.images, spec.weight, trained=trained
+        ),
+        Concept(spec.id, spec.role, "", "", spec.prompt, trigger, lora.images, captions=lora.captions),
+    )
+
+
+def _trained(manifest: Manifest) -> frozenset[str]:
+    """Ids of the trainings whose LoRA the catalog has; those that it has and does not answer for are done again."""
+    with suppress(StorageError):
+        return frozenset(TrainedLoRAs(open_store(manifest.output)).ids())
+    return frozenset()
+
+
+def _once(trainings: Iterable[TrainJob | None]) -> tuple[TrainJob, ...]:
+    """Each LoRA to be trained, under the first of its names."""
+    found: dict[str, TrainJob] = {}
+    for training in trainings:
+        if training is not None:
+            found.setdefault(training.job_id, training)
+    return tuple(found.values())
+
+
+def _needed(trainings: Iterable[TrainJob], trained: Collection[str], left: Iterable[Job]) -> tuple[TrainJob, ...]:
+    needed = {training_id for job in left for training_id in job.trainings}
+    return tuple(job for job in trainings if job.job_id in needed and job.job_id not in trained)
 
 
 def _samples(manifest: Manifest, base: BaseFiles) -> SampleSettings:
@@ -224,7 +290,7 @@ def _caption_problems(manifest: Manifest, base: BaseFiles) -> Iterator[str]:
 def _jobs(
     manifest: Manifest,
     base: BaseRef,
-    concepts: Mapping[tuple[str, str], Concept],
+    concepts: Mapping[tuple[str, str], _Concepts],
     samples: SampleSettings,
     scorers: Scorers,
 ) -> Iterator[Job]:
@@ -234,7 +300,8 @@ def _jobs(
             for subject_id, style_id in manifest.pairs:
                 subject, style = concepts.get(("subject", subject_id)), concepts.get(("style", style_id))
                 if subject and style:
-                    yield Job(base, subject, style, merge.method, merge.knobs, seed, samples, manifest.outputs, scorers)
+                    both = subject.of(merge.method), style.of(merge.method)
+                    yield Job(base, *both, merge.method, merge.knobs, seed, samples, manifest.outputs, scorers)
 
 
 def _sample_defaults(manifest: Manifest, samples: SampleSettings) -> Iterator[str]:
@@ -304,12 +371,18 @@ def _catalog(manifest: Manifest, jobs: Sequence[Job]) -> tuple[set[str], list[Ma
     return committed, [one for one in stages if one], []
 
 
-def _duration(left: Sequence[Job], stages: Sequence[Mapping[str, float]], base: BaseFiles | None) -> Duration:
+def _duration(
+    left: Sequence[Job],
+    stages: Sequence[Mapping[str, float]],
+    base: BaseFiles | None,
+    trainings: Sequence[TrainJob],
+) -> Duration:
     if not left or base is None:
         return Duration(0.0, 0.0, 0.0, "nothing is left to do")
+    train_s = training_s(trainings, base.shapes, base.default_size, base.size_step)
     if stages:
-        return time_from(stages, len(left))
-    return time_of(left, base.shapes, base.default_size, base.size_step)
+        return replace(time_from(stages, len(left)), train_s=train_s)
+    return replace(time_of(left, base.shapes, base.default_size, base.size_step), train_s=train_s)
 
 
 # What a program reads

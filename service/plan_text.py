@@ -23,6 +23,7 @@ def summary_lines(plan: Plan) -> Iterator[str]:
     roles = Counter(lora.spec.role for lora in plan.loras)
     n_bytes = sum(lora.n_bytes for lora in plan.loras)
     yield f"LoRAs     {roles['subject']} subjects, {roles['style']} styles, {_size(n_bytes)}"
+    yield from _training_lines(plan)
     yield f"jobs      {len(plan.jobs)}: {len(plan.committed)} committed, {n_left} to do"
     for method, n in Counter(job.method for job in plan.jobs).items():
         yield f"          {n} × {method}"
@@ -36,7 +37,9 @@ def summary_lines(plan: Plan) -> Iterator[str]:
             + (f", {n_left * images} images about {_size(plan.n_bytes.samples)}" if images else ", no images")
         )
         yield (
-            f"takes     {time_text(plan.duration.total_s)}: calibration {time_text(plan.duration.calibrate_s)}, "
+            f"takes     {time_text(plan.duration.total_s)}: "
+            + (f"training {time_text(plan.duration.train_s)}, " if plan.duration.train_s else "")
+            + f"calibration {time_text(plan.duration.calibrate_s)}, "
             f"merging {time_text(plan.duration.merge_s)}, sampling {time_text(plan.duration.sample_s)}"
         )
         yield f"          {plan.duration.basis}"
@@ -46,6 +49,21 @@ def summary_lines(plan: Plan) -> Iterator[str]:
     yield from _section("taken where the manifest says nothing:", plan.defaulted)
     if plan.problems:
         yield f"{len(plan.problems)} problems to mend first"
+
+
+def _training_lines(plan: Plan) -> Iterator[str]:
+    """LoRAs that the run makes itself: those there already by number, the others by name."""
+    left = plan.trainings_left
+    there = sum(training.job_id in plan.trained for training in plan.trainings)
+    if there:
+        yield f"trained   {there} LoRAs, by an earlier run"
+    for number, training in enumerate(left[:SHOWN]):
+        settings = training.settings
+        what = f"{training.pair} on {len(training.images)} images"
+        how = f"rank {settings['rank']}, {settings['steps']} steps of {settings['batch']}, lr {settings['lr']:g}"
+        yield f"{'trains' if number == 0 else '':<9} {what}: {how}"
+    if len(left) > SHOWN:
+        yield f"          … and {len(left) - SHOWN} more"
 
 
 def _carried_lines(loras: Iterable[CheckedLoRA]) -> list[str]:

@@ -23,7 +23,7 @@ from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.errors import BadInput, DeadlineExceeded, OutOfMemory, ServiceError, WorkerLost
-from service.jobs import from_json, to_json
+from service.jobs import Job, from_json, to_json
 from service.messages import JobResult, Message, Tile, TileDone, WorkerSettings
 from service.pool import Leaving, Lost, Ready, Report, Said
 
@@ -87,7 +87,8 @@ class _Actor:
         if self.worker is None:  # restarted behind our back
             self.load()
         said: list[Message] = []
-        for message in self.worker.work(Tile(tuple(map(from_json, jobs)), tuple(map(from_json, ahead)))):
+        following = tuple(job for job in map(from_json, ahead) if isinstance(job, Job))
+        for message in self.worker.work(Tile(tuple(map(from_json, jobs)), following)):
             said.append(message)
             if not isinstance(message, JobResult):  # results wait for the Began or TileDone that follows them at once
                 yield said

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from service.faults import ELSEWHERE_S, Fault, History, Limits, Verdict, after_failure
-from service.jobs import Job
+from service.jobs import Work
 
 LOOKS = 8  # retries that wait for another worker, passed over in search of one that need not
 
@@ -18,7 +18,7 @@ class Retry:
 
     due: float
     number: int
-    jobs: tuple[Job, ...] = field(compare=False)
+    jobs: tuple[Work, ...] = field(compare=False)
     worker: str = field(compare=False)
     elsewhere_until: float = field(compare=False)
 
@@ -44,7 +44,7 @@ class Retries:
         """Whether it ever failed."""
         return job_id in self._history
 
-    def judge(self, job: Job, kind: str, fault: Fault, now: float, jitter: float) -> Verdict:
+    def judge(self, job: Work, kind: str, fault: Fault, now: float, jitter: float) -> Verdict:
         """What becomes of a job that failed; remembered."""
         before = self._history.get(job.job_id, History())
         if kind == "Unavailable":
@@ -56,14 +56,14 @@ class Retries:
         self._history[job.job_id] = History(before.attempts + verdict.counts, before.returns + (not verdict.counts))
         return verdict
 
-    def add(self, jobs: Sequence[Job], worker: str, verdict: Verdict, now: float) -> None:
+    def add(self, jobs: Sequence[Work], worker: str, verdict: Verdict, now: float) -> None:
         due = now + verdict.wait_s
         until = due + ELSEWHERE_S if verdict.elsewhere else 0.0
         heapq.heappush(self._waiting, Retry(due, next(self._numbers), tuple(jobs), worker, until))
 
     def take(
-        self, worker: str, now: float, only_worker: bool, fits: Callable[[Job], bool] = lambda job: True
-    ) -> tuple[Job, ...]:
+        self, worker: str, now: float, only_worker: bool, fits: Callable[[Work], bool] = lambda job: True
+    ) -> tuple[Work, ...]:
         """Jobs whose time has come, and that need not wait for another worker than this; none, if there are none."""
         passed: list[Retry] = []
         found: Retry | None = None
@@ -78,11 +78,11 @@ class Retries:
             heapq.heappush(self._waiting, retry)
         return found.jobs if found is not None else ()
 
-    def remove(self, lora: str) -> list[Job]:
+    def remove(self, lora: str) -> list[Work]:
         """Take out, and return, all jobs that wait together with one that needs this LoRA."""
-        removed: list[Job] = []
+        removed: list[Work] = []
         for retry in list(self._waiting):
-            if any(lora in (job.subject.lora_sha256, job.style.lora_sha256) for job in retry.jobs):
+            if any(lora in job.loras for job in retry.jobs):
                 self._waiting.remove(retry)
                 removed += retry.jobs
         heapq.heapify(self._waiting)

@@ -15,13 +15,14 @@ from service.errors import NotFound, RunStopped, ServiceError, StorageError, Wor
 from service.events import Event, Observer
 from service.faults import Breaker, Fault, Limits, backoff_s
 from service.hands import Hand, late_jobs
-from service.jobs import Job
-from service.messages import Began, JobResult, Stalled, Tile, TileDone
+from service.jobs import TRAINING, Job, TrainJob, Work
+from service.messages import Began, JobResult, Learned, Stalled, Tile, TileDone
 from service.pace import Pace
 from service.pool import Leaving, Lost, Pool, Ready, Report, Said
 from service.records import FailureRecords
 from service.retries import Retries
 from service.tiles import copies, tile_size, workers_wanted
+from service.trainings import Trainings
 
 POLL_S = 0.5
 OUTLOOK_S = 5.0  # between two estimates of the end
@@ -51,17 +52,22 @@ def run(
     observers: Iterable[Observer] = (),
     prior_s: float | None = None,
     need: Callable[[Job], int] | None = None,
+    trainings: Sequence[TrainJob] = (),
+    training_s: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
     """Do `jobs`; every one ends committed, or given up with a reason that is recorded in the catalog.
 
     prior_s: seconds that a job is thought to take. need: bytes of a GPU's memory that it is thought to need, see
-    boards.py. KeyboardInterrupt ends the run at once: what is committed stays, the
-    rest is as if it had not been started. Raises what ended the last worker when none is left (BadInput if the base
-    loads nowhere), and RunStopped when most jobs fail for one reason.
+    boards.py. trainings: of the LoRAs that some of the jobs need and that the catalog lacks, training_s each; one that
+    fails for good is given up with all those jobs.
+    KeyboardInterrupt ends the run at once: what is committed stays, the rest is as if it had not been started. Raises
+    what ended the last worker when none is left (BadInput if the base loads nowhere), and RunStopped when most jobs
+    fail for one reason.
     """
     records = FailureRecords(catalog)
-    loop = _Loop(jobs, pool, records, limits or Limits(), tuple(observers), Pace(prior_s), need, clock)
+    pace = Pace(prior_s, training_s)
+    loop = _Loop(jobs, trainings, pool, records, limits or Limits(), tuple(observers), pace, need, clock)
     started = clock()
     loop.tell(events.RunStarted(run_id, catalog.store.url, len(jobs) + already, already, pool.size))
     interrupted = False
@@ -85,6 +91,7 @@ class _Loop:
     def __init__(
         self,
         jobs: Sequence[Job],
+        trainings: Sequence[TrainJob],
         pool: Pool,
         records: FailureRecords,
         limits: Limits,
@@ -95,7 +102,8 @@ class _Loop:
     ) -> None:
         self.pool, self.records, self.limits, self.observers = pool, records, limits, observers
         self.pace, self.clock = pace, clock
-        self.board = Boards(jobs, pool.size, need)
+        self.trainings = Trainings(trainings, jobs)
+        self.board = Boards(self.trainings.ready, pool.size, need)
         self.progress = Progress(len(jobs))
         self.left = Counter(job.method for job in jobs)  # not settled, by method
         self.hands: dict[str, Hand] = {}  # of workers that are ready
@@ -137,8 +145,9 @@ class _Loop:
             self.resting.clear()
         if now >= self.next_outlook:
             self.next_outlook = now + OUTLOOK_S
-            seconds = self.pace.seconds_left(self.left, self.hands, self.board.loads)
-            self.pool.grow(workers_wanted(self.pace.work_s(self.left, self.board.loads), self.progress.left))
+            left = self.left + Counter({TRAINING: self.trainings.left})
+            seconds = self.pace.seconds_left(left, self.hands, self.board.loads)
+            self.pool.grow(workers_wanted(self.pace.work_s(left, self.board.loads), left.total()))
             self.tell(events.Outlook(self.progress.left, len(self.hands), seconds, self.pace.stages()))
 
         if self.resting and not self.board.left and now >= self.next_copies:
@@ -173,10 +182,11 @@ class _Loop:
         if not self.limits.copies:
             return
         late = [
-            one
+            (seconds, job)
             for worker, hand in self.hands.items()
-            for one in late_jobs(hand, now, partial(self._learned_s, worker))
-            if one[1].job_id not in self.copied and not self.retries.knows(one[1].job_id)
+            for seconds, job in late_jobs(hand, now, partial(self._learned_s, worker))
+            # a second training would go on from the first one's checkpoints, and be no earlier
+            if isinstance(job, Job) and job.job_id not in self.copied and not self.retries.knows(job.job_id)
         ]
         idle = [
             (self.pace.learned_s(None, worker) or 0.0, worker) for worker in self.resting if worker not in self.sick
@@ -187,12 +197,12 @@ class _Loop:
                 self.copied.add(job.job_id)
                 self._give(worker, self.hands[worker], Tile((job,)))
 
-    def _learned_s(self, worker: str, job: Job) -> float | None:
+    def _learned_s(self, worker: str, job: Work) -> float | None:
         return self.pace.learned_s(job.method, worker)
 
     def _useful(self) -> int:
-        """Workers that could have something to do: as many as jobs, twice if each may be copied."""
-        return self.progress.left * (1 + bool(self.limits.copies and self.pace.stages()))
+        """Workers that could have something to do: as many as jobs, twice if each may be copied, and trainings."""
+        return self.progress.left * (1 + bool(self.limits.copies and self.pace.stages())) + self.trainings.left
 
     def _deadline_s(self, worker: str, hand: Hand, tile: Tile) -> float:
         if not tile.jobs:
@@ -206,13 +216,22 @@ class _Loop:
         now = self.clock()
         if self.sick.get(worker, 0.0) > now:
             return None
-        jobs = self.retries.take(worker, now, self.pool.size == 1, lambda job: self.board.fits(job, worker))
+        jobs = self.retries.take(worker, now, self.pool.size == 1, lambda job: self._fits(job, worker))
         if jobs:
             return Tile(jobs)
+        training = self.trainings.take(self.pool.size, self.board.left)
+        if training is not None:
+            return Tile((training,))
         method = None if len(self.left) > 1 else next(iter(self.left))
         job_s = self.pace.learned_s(method, worker)
         n = tile_size(job_s, self.progress.left, len(self.hands), hand.side_by_side)
         return self.board.take(worker, n, hand.held)
+
+    def _fits(self, job: Work, worker: str) -> bool:
+        return isinstance(job, TrainJob) or self.board.fits(job, worker)
+
+    def _too_large(self, job: Work, worker: str) -> bool:
+        return isinstance(job, Job) and self.board.too_large(job, worker)
 
     def _shrink(self) -> None:
         spare = [worker for worker in (*self.resting, *self.free) if not self.hands[worker].given]
@@ -234,6 +253,9 @@ class _Loop:
                 self.tell(events.WorkerReady(report.worker, report.device, report.load_s, report.model, report.n_bytes))
             case Said(worker, Began(job_ids)):
                 self._begun(worker, self.hands[worker], job_ids)
+            case Said(worker, Learned() as at):
+                job = self.hands[worker].given[at.job_id]
+                self.tell(events.TrainingAt(job, worker, at.step, at.steps, at.loss))
             case Said(worker, JobResult() as result):
                 hand = self.hands[worker]
                 hand.begun.discard(result.job_id)
@@ -264,10 +286,13 @@ class _Loop:
             if twin is None or job_id not in self.hands[twin].begun:
                 self._started(hand.given[job_id], worker)
 
-    def _started(self, job: Job, worker: str) -> None:
+    def _started(self, job: Work, worker: str) -> None:
         attempt = self.retries.attempts(job.job_id) + 1
         self.progress.attempts[job.job_id] = attempt
-        self.tell(events.JobStarted(job, worker, attempt))
+        if isinstance(job, TrainJob):
+            self.tell(events.TrainingStarted(job, worker, attempt))
+        else:
+            self.tell(events.JobStarted(job, worker, attempt))
 
     def _twin(self, job_id: str, worker: str) -> str | None:
         """The other worker that has the job in hand."""
@@ -301,7 +326,7 @@ class _Loop:
         suspects = [job_id for job_id in hand.now if job_id in hand.given]
         jobs = [hand.given.pop(job_id) for job_id in suspects]
         not_begun = [job for job_id, job in hand.given.items() if job_id not in hand.begun]
-        self.board.add([job for job in not_begun if self._twin(job.job_id, worker) is None])
+        self._put_back([job for job in not_begun if self._twin(job.job_id, worker) is None])
         self._release(worker)
         kind, reason = type(report.error).__name__, str(report.error)
         for job_id in hand.begun & hand.given.keys():  # uploading: whoever takes them up looks for their entries first
@@ -321,7 +346,18 @@ class _Loop:
         self.free |= self.resting
         self.resting.clear()
 
-    def _is_committed(self, job: Job) -> bool:
+    def _put_back(self, work: Iterable[Work]) -> None:
+        jobs = []
+        for job in work:
+            if isinstance(job, TrainJob):
+                self.trainings.put_back(job)
+            else:
+                jobs.append(job)
+        self.board.add(jobs)
+
+    def _is_committed(self, job: Work) -> bool:
+        if isinstance(job, TrainJob):
+            return False  # whoever takes it up again finds it trained
         try:
             self.records.catalog.entry(job.job_id)
         except (NotFound, StorageError):
@@ -330,13 +366,10 @@ class _Loop:
 
     # What becomes of a job
 
-    def _settle(self, job: Job, worker: str, result: JobResult) -> None:
+    def _settle(self, job: Work, worker: str, result: JobResult) -> None:
         if result.status == "failed":
             self._failed([job], worker, "its own", result)
             return
-        self.progress.committed.append(job)
-        self.progress.attempts[job.job_id] = self.retries.attempts(job.job_id) + 1
-        self._end(job)
         self.breaker.note(None)
         if (hand := self.hands.get(worker)) is not None and hand.failures:
             hand.failures = 0
@@ -348,6 +381,14 @@ class _Loop:
             if hand is not None:
                 hand.since = now
             self.board.slowness[worker] = self.pace.slowness(worker)
+        if isinstance(job, TrainJob):
+            self.retries.forget(job.job_id)
+            self._add(self.trainings.done(job.job_id))
+            self.tell(events.TrainingDone(job, worker, already, result.stages, result.n_bytes, result.peak_bytes))
+            return
+        self.progress.committed.append(job)
+        self.progress.attempts[job.job_id] = self.retries.attempts(job.job_id) + 1
+        self._end(job)
         self.tell(
             events.JobCommitted(
                 job, worker, already, result.stages, result.n_bytes, result.peak_bytes, result.alignments
@@ -355,18 +396,25 @@ class _Loop:
         )
         self.records.clear(job)
 
-    def _failed(self, jobs: list[Job], worker: str, fault: Fault, result: JobResult) -> None:
+    def _add(self, jobs: Sequence[Job]) -> None:
+        """Jobs that waited for a training and need not any more."""
+        self.board.admit(jobs, self.pool.size)
+        self.free |= self.resting
+        self.resting.clear()
+
+    def _failed(self, jobs: list[Work], worker: str, fault: Fault, result: JobResult) -> None:
         """`jobs` ended together; those that are tried again stay together unless the verdict says otherwise."""
         kind, reason, now = result.kind or "Defect", result.reason or "", self.clock()
-        if kind == "OutOfMemory" and fault == "its own" and len(jobs) == 1 and self.board.too_large(jobs[0], worker):
+        if kind == "OutOfMemory" and fault == "its own" and len(jobs) == 1 and self._too_large(jobs[0], worker):
             fault = "none of its"  # a larger worker will do it
-        again: list[Job] = []
+        again: list[Work] = []
         for job in jobs:
             verdict = self.retries.judge(job, kind, fault, now, self.random.random())
             attempt = self.progress.attempts[job.job_id]
             twin = self._twin(job.job_id, worker) if kind not in self.limits.no_retry else None
             retry = verdict.retry or twin is not None
-            self.tell(events.JobFailed(job, worker, attempt, kind, reason, retry, verdict.counts))
+            failed = events.TrainingFailed if isinstance(job, TrainJob) else events.JobFailed
+            self.tell(failed(job, worker, attempt, kind, reason, retry, verdict.counts))  # type: ignore[arg-type]
             if twin is not None:  # which is at it still
                 if job.job_id in self.hands[twin].begun:
                     self._started(job, twin)
@@ -402,12 +450,17 @@ class _Loop:
         """A LoRA that no partner can use: all that need it are given up with the one reason."""
         self.broken.add(lora)
         for job in [*self.board.remove(lora), *self.retries.remove(lora)]:
-            if lora in (job.subject.lora_sha256, job.style.lora_sha256):
+            if lora in job.loras:
                 self._give_up(job, kind, reason, "")
             else:  # it waited together with one of those
-                self.board.add([job])
+                self._put_back([job])
 
-    def _give_up(self, job: Job, kind: str, reason: str, traceback: str) -> None:
+    def _give_up(self, job: Work, kind: str, reason: str, traceback: str) -> None:
+        if isinstance(job, TrainJob):
+            for waiting in self.trainings.given_up(job.job_id):
+                self._give_up(waiting, kind, f"its {job.role} {job.id} could not be trained: {reason}", traceback)
+            self.retries.forget(job.job_id)
+            return
         attempts = self.retries.attempts(job.job_id)
         self.progress.given_up.append((job, reason))
         self._end(job)

@@ -70,7 +70,7 @@ def _fits(left: Sequence[Job], right: Sequence[Job], side: int) -> bool:
 
 def loras(jobs: Iterable[Job]) -> set[str]:
     """sha256 of all LoRAs that the jobs need."""
-    return {lora for job in jobs for lora in (job.subject.lora_sha256, job.style.lora_sha256)}
+    return {lora for job in jobs for lora in job.loras}
 
 
 @cache
@@ -206,7 +206,7 @@ class Board:
     def remove(self, lora: str) -> list[Job]:
         """Take out, and return, every job that needs this LoRA."""
         needing = [*self._needing.get(lora, ()), *self._worker]
-        return self._pull(needing, lambda job: lora in (job.subject.lora_sha256, job.style.lora_sha256))
+        return self._pull(needing, lambda job: lora in job.loras)
 
     def pull(self, wanted: Callable[[Job], bool]) -> list[Job]:
         """Take out, and return, every such job. Looks at all of them."""

@@ -4,9 +4,9 @@ which the same order goes on, previews on the way, and the file when it is done.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from service.files import local_errors, make_directories, replacing
 from service.images import check_image
 from ziplora.errors import LoRAError
 from ziplora.layouts import read_header_file
-from ziplora.train_settings import TrainSettings, image_paths, read_captions
+from ziplora.train_settings import JointSettings, TrainSettings, image_paths, read_captions
 
 REQUEST_KEY = "ziplora.train.request"  # of the output's header: what was asked for, as JSON
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is to be trained, checked. `request`: all that decides the result, as JSON values, by name."""
+    """What is to be trained, checked. `request`: all that decides the result, as JSON values, by name. `sets`: of joint
+    training, which of its concepts each image shows."""
 
     images: tuple[Path, ...]
     captions: tuple[str, ...]  # of each image
@@ -32,6 +33,7 @@ class Order:
     settings: TrainSettings
     out: Path
     request: dict[str, Any]
+    sets: tuple[int, ...] | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -67,11 +69,44 @@ def make_order(
 ) -> Order:
     """Check everything that needs no model. BadInput or ManifestError in one line, StorageError if `out` is no place
     to write to."""
+    return _order([(images, settings)], base, settings, out, revision, download)
+
+
+def make_joint_order(
+    subject: Path,
+    style: Path,
+    base: str,
+    settings: JointSettings,
+    out: Path,
+    *,
+    revision: str | None = None,
+    download: bool = False,
+) -> Order:
+    """As `make_order`, for one LoRA of two concepts, from the pictures of either."""
+    of_style = replace(settings, prompt=settings.style_prompt, trigger=settings.style_trigger)
+    return _order([(subject, settings), (style, of_style)], base, settings, out, revision, download)
+
+
+def _order(
+    concepts: Sequence[tuple[Path, TrainSettings]],
+    base: str,
+    settings: TrainSettings,
+    out: Path,
+    revision: str | None,
+    download: bool,
+) -> Order:
+    """`concepts`: where the pictures of each are, with its prompt and trigger."""
     if out.suffix != ".safetensors":
         raise BadInput(f"{out} does not end in .safetensors, which is what will be written; name it so")
+    paths: list[Path] = []
+    captions: list[str] = []
+    sets: list[int] = []
     try:
-        paths = image_paths(images)
-        captions = read_captions(paths, settings)
+        for number, (images, described) in enumerate(concepts):
+            found = image_paths(images)
+            paths += found
+            captions += read_captions(found, described)
+            sets += [number] * len(found)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
     digests = [picture_digest(path) for path in paths]
@@ -79,12 +114,20 @@ def make_order(
     if settings.size is not None and settings.size % files.size_step:
         raise BadInput(f"{settings.size} pixels do not fit the base; expected a multiple of {files.size_step}")
     used = {*paths, *(path.with_suffix(".txt") for path in paths)}
-    beside = set(images.iterdir()) - used if images.is_dir() else set()
-    request = {**asdict(settings), "images": digests, "captions": captions, "base": files.digest}
+    beside = {path for images, _ in concepts if images.is_dir() for path in images.iterdir()} - used
+    joint = {"sets": sets} if len(concepts) > 1 else {}
+    request = {**asdict(settings), "images": digests, "captions": captions, "base": files.digest, **joint}
     with local_errors(out.parent):
         make_directories(out.parent)
     return Order(
-        tuple(paths), tuple(captions), tuple(sorted(beside)), files, settings, out, json.loads(json.dumps(request))
+        tuple(paths),
+        tuple(captions),
+        tuple(sorted(beside)),
+        files,
+        settings,
+        out,
+        json.loads(json.dumps(request)),
+        tuple(sets) if joint else None,
     )
 
 
@@ -176,7 +219,7 @@ class TrainingRun:
             except (OSError, ValueError) as error:
                 raise BadInput(f"base {order.base.location} does not load: {str(error).splitlines()[0]}") from error
             pictures = [image for path in order.images for image in read_images(path)]
-            self.training = Training(base, pictures, order.settings, captions=order.captions)
+            self.training = Training(base, pictures, order.settings, captions=order.captions, sets=order.sets)
         if state is not None:
             self._restore(state)
         else:
@@ -230,7 +273,7 @@ class TrainingRun:
             },
             architecture=self.order.base.architecture,
             title=out.stem,
-            trigger=settings.trigger,
+            trigger=", ".join(triggers_of(settings)),
         )
         with replacing(out) as file:
             file.write(content)
@@ -279,6 +322,11 @@ class TrainingRun:
                 f"the checkpoint {self.order.checkpoint} was written on another device or in another dtype: "
                 "go on there, or start afresh with --overwrite"
             ) from error
+
+
+def triggers_of(settings: TrainSettings) -> tuple[str, ...]:
+    """The words that stand for what is learned: of joint training, the subject's and the style's."""
+    return (settings.trigger, settings.style_trigger) if isinstance(settings, JointSettings) else (settings.trigger,)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from service.errors import BadInput, Corrupted, NotFound, OutOfMemory, ServiceError
-from service.jobs import Job
+from service.jobs import Work
 from service.messages import JobResult
 from ziplora.errors import LoRAError
 
@@ -21,7 +21,7 @@ class BrokenLoRA(BadInput):
 
 
 @contextmanager
-def translated(job: Job) -> Iterator[None]:
+def translated(job: Work) -> Iterator[None]:
     """A block that works on this job; what it raises is one of `errors.py`, or a defect of ours or of a library."""
     try:
         yield
@@ -44,7 +44,7 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def failed(job: Job, error: BaseException, stages: Mapping[str, float], broken_lora: str | None = None) -> JobResult:
+def failed(job: Work, error: BaseException, stages: Mapping[str, float], broken_lora: str | None = None) -> JobResult:
     """The result of an attempt that ended with `error`; a Defect where it is none of ours."""
     known = (base.__name__ for base in type(error).__mro__ if base.__module__ == ServiceError.__module__)
     kind = next(known, "Defect")

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,22 +26,24 @@ from service.catalog import Catalog
 from service.device import Device, timed
 from service.errors import BadInput, ManifestError, NotFound
 from service.inputs import LocalCache, user_cache
-from service.jobs import ALGORITHM, Concept, Job, Role, canonical_json
+from service.jobs import ALGORITHM, Concept, Job, Role, TrainJob, canonical_json
 from service.merged_files import png, sample_list, sampled_with, written
 from service.messages import Began, JobResult, Message, Stalled, Tile, TileDone, WorkerSettings
 from service.node_cache import NodeCache
 from service.scoring import Judges, alignments_of, scored
 from service.side_by_side import SideBySide
 from service.storage import open_store
+from service.trained import TrainedLoRAs
 from service.translation import BrokenLoRA, failed, is_out_of_memory, translated
 from service.uploads import Made, PatientStore, Uploads
+from service.worker_training import TrainedFiles, Trainer
 from ziplora import formats
 from ziplora.base import Base, load_base
 from ziplora.calibrate import Calibration, calibrate
 from ziplora.calibration_files import calibration_key, read_calibration, write_calibration
 from ziplora.errors import FormatError, LoRAError
 from ziplora.lora import LoRA, n_bytes, scaled
-from ziplora.merged import Merged, Pair, Words
+from ziplora.merged import Merged, Pair, Pictures, Words
 from ziplora.methods import METHODS, CalibrationSettings
 from ziplora.sample import Request, sample_requests
 
@@ -62,6 +64,7 @@ class Prepared:
     stages: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
     neighbours: int = 0  # merged with it, side by side
+    pictures: Pictures | None = None  # of a method that trains
 
 
 class Worker:
@@ -87,6 +90,8 @@ class Worker:
         self.side_by_side = SideBySide(settings.side_by_side, self.device.is_gpu)
         self.store = PatientStore(settings.store_patience_s)
         self.uploads = Uploads(self.catalog, self.store, *([] if settings.overlap else [0]))
+        self.trained = TrainedFiles(TrainedLoRAs(self.catalog.store))
+        self.trainer = Trainer(self.base, self.device, self.trained.loras, settings.checkpoint_s, self._images)
         self._fetches = ThreadPoolExecutor(FETCHES, "fetch")
         self._calls = ThreadPoolExecutor(1, "call")  # what is needed now does not queue behind what is fetched ahead
         self._counted: dict[str, int] = {}
@@ -126,8 +131,10 @@ class Worker:
         """Do the tile's jobs and say what happens. The last word is TileDone; what is still uploading then is reported
         with the next tile, or with an empty one, which waits for it."""
         started, waited = time.monotonic(), _Waited()
+        for training in (job for job in tile.jobs if isinstance(job, TrainJob)):
+            yield from self.trainer.train(training, partial(self._waiting, waited=waited))
         # jobs that may share a forward pass stand together; the order is otherwise the tile's
-        left = deque(sorted(tile.jobs, key=merges_like))
+        left = deque(sorted((job for job in tile.jobs if isinstance(job, Job)), key=merges_like))
         while left:
             jobs = self._next(left)
             yield Began(tuple(job.job_id for job in jobs))
@@ -143,7 +150,12 @@ class Worker:
 
     def _next(self, left: deque[Job]) -> list[Job]:
         jobs = [left.popleft()]
-        while left and len(jobs) < self.side_by_side.size and merges_like(left[0]) == merges_like(jobs[0]):
+        while (
+            left
+            and not METHODS[jobs[0].method].trains
+            and len(jobs) < self.side_by_side.size
+            and merges_like(left[0]) == merges_like(jobs[0])
+        ):
             jobs.append(left.popleft())
         return jobs
 
@@ -160,7 +172,10 @@ class Worker:
                         ready.append((yield from self._prepared(job, stages, waited)))
             except Exception as error:
                 yield failed(job, error, stages, getattr(error, "sha256", None))
-        for one, merged in self._merge(ready):
+        trained: list[tuple[Prepared, Merged | Exception]] = []
+        for one in (one for one in ready if one.pictures is not None):
+            trained.append((one, (yield from self.trainer.joint(one, partial(self._waiting, waited=waited)))))
+        for one, merged in chain(trained, self._merge([one for one in ready if one.pictures is None])):
             try:
                 with translated(one.job):
                     if isinstance(merged, Exception):
@@ -169,6 +184,8 @@ class Worker:
             except Exception as error:  # a defect of ours, or of a library: the job fails, the worker lives
                 yield failed(one.job, error, one.stages)
             else:
+                if one.pictures is not None:
+                    self.trainer.forget(one.job.job_id)
                 self.uploads.start(made)
                 while self.uploads.pending > self.uploads.ahead:
                     yield from self._wait_for_upload(waited)
@@ -200,7 +217,12 @@ class Worker:
 
     def _fetch_ahead(self, jobs: Iterable[Job]) -> None:
         """Have the LoRAs of these jobs in memory before they are asked for. What goes wrong is seen when they are."""
-        wanted = {concept.lora_sha256: concept for job in jobs for concept in (job.subject, job.style)}
+        wanted = {
+            concept.lora_sha256: concept
+            for job in jobs
+            for concept in (job.subject, job.style)
+            if concept.lora_sha256 and not concept.trained
+        }
         # half of the cache at most, or they would push out what is in use
         for concept in islice(wanted.values(), max(1, self.loras.room // 2)):
             if concept.lora_sha256 not in self.loras:
@@ -235,14 +257,20 @@ class Worker:
         if job.scorers:
             with timed(stages, "score"):  # a judge that does not load shall not cost a merge
                 self.judges.load(job.scorers)
+        if method.trains:
+            with timed(stages, "fetch"):
+                pictures = yield from self._waiting(lambda: self.trainer.pictures(job), waited)
+            return Prepared(job, knobs, LoRA({}), LoRA({}), (None, None), stages, pictures=pictures)
         with timed(stages, "fetch"):
-            subject = yield from self._waiting(lambda: self._lora(job.subject), waited)
-            style = yield from self._waiting(lambda: self._lora(job.style), waited)
+            of_subject = yield from self._waiting(lambda: self.trained.with_file(job.subject), waited)
+            of_style = yield from self._waiting(lambda: self.trained.with_file(job.style), waited)
+            subject = yield from self._waiting(lambda: self._lora(of_subject), waited)
+            style = yield from self._waiting(lambda: self._lora(of_style), waited)
         observe = method.calibration(knobs, job.seed)
         with timed(stages, "calibrate"):
             calibrations = (
-                self._calibration(job.subject, subject, observe) if observe else None,
-                self._calibration(job.style, style, observe) if observe else None,
+                self._calibration(of_subject, subject, observe) if observe else None,
+                self._calibration(of_style, style, observe) if observe else None,
             )
         return Prepared(job, knobs, subject, style, calibrations, stages)
 
@@ -351,7 +379,7 @@ class Worker:
 
         return self.calibrations.get(key, load)
 
-    def _images(self, concept: Concept) -> list[Image.Image]:
+    def _images(self, concept: Concept | TrainJob) -> list[Image.Image]:
         pictures = []
         for image in concept.images:
             try:
@@ -401,6 +429,8 @@ class Worker:
                 "merged_modules": len(lora.layers) - len(carried),
                 "carried_modules": len(carried),
             }
+            if concept.trained:
+                report[concept.role]["lora_sha256"] = self.trained.with_file(concept).lora_sha256
         report["samples"] = sample_list(one.job)
         report["peak_bytes"] = max(one.peak_bytes, self.device.peak_bytes())
         return report

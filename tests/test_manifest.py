@@ -198,7 +198,7 @@ def test_a_manifest_in_object_storage_has_its_neighbours_there(swift, tmp_path):
         (b"# only a comment\n", "demo.yaml: is empty"),
         (
             b"- a\n",
-            "demo.yaml:1: expected a mapping of the fields base, subjects, styles, pairs, merge, samples, scores, outputs, output, "
+            "demo.yaml:1: expected a mapping of the fields base, subjects, styles, pairs, merge, samples, training, scores, outputs, output, "
             "given a list of 1",
         ),
         (b"base: \xff\n", "demo.yaml:1: is not UTF-8 (byte 0xff at offset 6); save it as UTF-8"),
@@ -249,7 +249,7 @@ def test_missing_file_directory_unreadable(tmp_path):
 
 # What is wrong with its fields
 
-FIELDS = "lora, prompt, trigger, images, weight"
+FIELDS = "lora, prompt, trigger, images, weight, training"
 LOCATION = "expected s3://bucket/key"
 CASES = [
     ("output: ./catalog\n", "", "demo.yaml:1: output: missing; expected where the catalog goes: a directory or s3://bucket/prefix"),
@@ -257,7 +257,7 @@ CASES = [
         "output:",
         "ouput:",
         "demo.yaml:1: output: missing; expected where the catalog goes: a directory or s3://bucket/prefix",
-        "demo.yaml:8: ouput: unknown field; did you mean output? known: base, subjects, styles, pairs, merge, samples, scores, outputs, output",
+        "demo.yaml:8: ouput: unknown field; did you mean output? known: base, subjects, styles, pairs, merge, samples, training, scores, outputs, output",
     ),
     ("trigger:", "triger:", f"demo.yaml:3: subjects.dog.triger: unknown field; did you mean trigger? known: {FIELDS}"),
     ("trigger:", "zzz:", f"demo.yaml:3: subjects.dog.zzz: unknown field; known: {FIELDS}"),

@@ -41,6 +41,7 @@ def test_what_a_pair_costs_in_model_passes() -> None:
         "ziplora": Passes(200, 0),
         "ziplora-refined": Passes(80, 0),
         "ziplora-composed": Passes(300, 32),
+        "joint": Passes(1000, 0),
     }
     assert ComposedKnobs(combined_target="sum", combined_draws=10, steps=2).passes() == Passes(6, 30)
     assert ComposedKnobs(combined_weight=0.0).passes() == Passes(200, 0)

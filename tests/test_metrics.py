@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import events
+from service.jobs import TrainJob
 from service.messages import TileDone
 from service.metrics import Metrics
 from tests.test_tiles import job
@@ -17,6 +18,7 @@ TABLE = Path(__file__).parent.parent / "deploy/METRICS.md"
 def run_of_three(metrics: Metrics) -> None:
     """One job is committed, one given up after an attempt that did not count, one is left running."""
     good, bad, running = job(0, 0), job(0, 1), job(1, 0)
+    training = TrainJob(good.base, "dog", "subject", (), (), {})
     for event in (
         events.RunStarted("run", "/catalog", 5, 2, 1),
         events.WorkerReady("worker-0", "cpu", 1.5),
@@ -32,6 +34,9 @@ def run_of_three(metrics: Metrics) -> None:
         events.WorkerStalled("worker-0", "the store is away"),
         events.TileFinished("worker-0", TileDone(frozenset(), 4.0, 3.0, {"lora": 2}, {"lora": 1}, 700)),
         events.Outlook(1, 1, 12.5, {}),
+        events.TrainingStarted(training, "worker-0", 1),
+        events.TrainingFailed(training, "worker-0", 1, "WorkerLost", "gone", retry=True),
+        events.TrainingDone(training, "worker-0", False, {"train": 3.0}, 200, 4),
     ):
         metrics.observe(event)
 
@@ -64,6 +69,9 @@ def test_a_run_in_figures() -> None:
         "ziplora_given_up_total BadInput": 1,
         "ziplora_tiles_total": 1,
         "ziplora_stage_seconds_sum merge": 2.0,
+        "ziplora_stage_seconds_sum train": 3.0,
+        "ziplora_trainings_total trained": 1,
+        "ziplora_trainings_total WorkerLost": 1,
         "ziplora_worker_busy_seconds_total": 3.0,
         "ziplora_worker_present_seconds_total": 6.0,
         "ziplora_busy_ratio": 0.5,
@@ -72,7 +80,7 @@ def test_a_run_in_figures() -> None:
         "ziplora_cache_requests_total lora hit": 2,
         "ziplora_cache_requests_total lora miss": 1,
         "ziplora_read_bytes_total": 700,
-        "ziplora_written_bytes_total": 1000,
+        "ziplora_written_bytes_total": 1200,
         "ziplora_worker_up worker-0": 0,
         "ziplora_worker_stalls_total": 1,
         "ziplora_build_info 1.2.3": 1,

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from ziplora.calibrate import Calibration
 from ziplora.lora import LoRA, Mergers, max_rank, scaled, stacked
 from ziplora.switched import Switched
@@ -18,9 +20,28 @@ class Words:
 
 
 @dataclass(frozen=True, slots=True)
+class Instances:
+    """Pictures of one concept, with the caption of each; `trigger` are the words of `prompt` that stand for it."""
+
+    images: tuple[Image.Image, ...]
+    captions: tuple[str, ...]
+    prompt: str
+    trigger: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """What a method that trains is given of a pair; the seed decides its start, its draws and their noise."""
+
+    subject: Instances
+    style: Instances
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
-    """Both LoRAs, weights folded in, and the calibrations and the combined prompt that the method asked for. `words`:
-    the subject's and the style's."""
+    """Both LoRAs, weights folded in, and the calibrations, the combined prompt or the pictures that the method asked
+    for. `words`: the subject's and the style's."""
 
     subject: LoRA
     style: LoRA
@@ -28,6 +49,7 @@ class Pair:
     style_calibration: Calibration | None = None
     combined_prompt: str | None = None  # both triggers filled in: see Method.combined_prompt
     words: tuple[Words, Words] | None = None
+    pictures: Pictures | None = None  # for a method that trains, whose LoRAs are then empty
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ziplora.baseline_knobs import DareKnobs, NullSpaceKnobs, PruneKnobs, SvdKnobs, TiesKnobs
 from ziplora.calibration_settings import CalibrationSettings, Moments, Passes
 from ziplora.fusion_knobs import CustomDiffusionKnobs, GradientFusionKnobs, KLoRAKnobs
+from ziplora.train_settings import JointKnobs
 
 if TYPE_CHECKING:
     from ziplora.base import Base
@@ -217,6 +218,7 @@ class Method:
     solver: Literal["column", "matrix"] | None = None  # the closed form that it solves, in ziplora/closed_form.py
     parts: bool = True  # whether the style has rows of its own in the file, so that its strength can be changed there
     file: bool = True  # whether the result is one LoRA; otherwise images and a recipe are all that there can be
+    trains: bool = False  # whether it trains on both concepts' pictures, and looks at neither LoRA
 
     def load(self) -> Callable[[Base, Sequence[Pair], Any], list[Merged]]:
         module, _, name = self.function.partition(":")
@@ -388,6 +390,18 @@ METHODS: dict[str, Method] = {
             knobs=KLoRAKnobs,
             function="ziplora.k_lora:k_lora",
             file=False,
+        ),
+        Method(
+            name="joint",
+            summary="no merge: one LoRA trained on the subject's and the style's pictures together, in equal parts",
+            paper=ZIPLORA_PAPER,
+            yields="one LoRA, in which subject and style are not apart",
+            mergers=False,
+            cost="a whole training for every pair: a forward and backward pass per step and picture",
+            knobs=JointKnobs,
+            function="ziplora.joint:joint",
+            parts=False,
+            trains=True,
         ),
     )
 }

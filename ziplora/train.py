@@ -90,9 +90,11 @@ class Training:
         settings: TrainSettings,
         prior: Prior | None = None,
         captions: Sequence[str] | None = None,
+        sets: Sequence[int] | None = None,
     ) -> None:
         """`prior`: in place of samples of `settings.prior_prompt`, which several trainings can so share. `captions`:
-        one for each image, in place of the one prompt."""
+        one for each image, in place of the one prompt. `sets`: which concept, from 0 on, each image shows; the
+        training's pictures come from them in turn, however many each has."""
         if not images:
             raise ValueError("no pictures to train on")
         if captions is not None and len(captions) != len(images):
@@ -100,6 +102,8 @@ class Training:
         self.base, self.settings = base, settings
         self.side = settings.size or base.default_size
         self.captions = tuple(captions or [settings.prompt] * len(images))
+        self.sets = None if sets is None else tuple(sets)
+        self._rows = _rows_of(self.sets or (0,) * len(images), len(images))
         self._seed = own_seed(settings.seed, images, self.captions)
         self.generator = torch.Generator().manual_seed(self._seed)
         self.latents = base.encode_images(images, self.side, self.side)
@@ -176,6 +180,7 @@ class Training:
             self._caption_of,
             self.conditioning.embeds,
             *([] if self.prior is None else [self.prior[0]]),
+            *([] if self.sets is None else [torch.tensor(self.sets)]),
         ):
             sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return sha.hexdigest()
@@ -187,6 +192,9 @@ class Training:
             "ziplora.train.images": str(len(self.latents)),
             "ziplora.train.step": str(self.step),
             "ziplora.train.size": str(self.side),
+            **(
+                {} if self.sets is None else {"ziplora.train.images_of_each": ", ".join(map(str, map(len, self._rows)))}
+            ),
         }
 
     def close(self) -> None:
@@ -245,12 +253,14 @@ class Training:
     def _loss(self) -> Tensor:
         """‖ε(x_t, p) − ε‖², with prior preservation + weight·‖ε(x'_t, p') − ε'‖² on the base's pictures x' of p'."""
         settings = self.settings
-        drawn = self._draw(len(self.latents))
+        first = self.step * settings.batch
+        rows = drawn_in_turn(self._rows, first, settings.batch, self.generator)
+        drawn = torch.tensor(rows, device=self.base.device)
         latents, conditionings = [self.latents[drawn]], [self.conditioning.rows(self._caption_of[drawn])]
         if self.prior is not None:
-            rows = self._draw(len(self.prior[0]))
-            latents.append(self.prior[0][rows])
-            conditionings.append(self.prior[1].rows(rows))
+            kept = self._draw(len(self.prior[0]))
+            latents.append(self.prior[0][kept])
+            conditionings.append(self.prior[1].rows(kept))
         x = torch.cat(latents)
         noise = torch.randn(x.shape, generator=self.generator).to(x)
         timesteps = torch.randint(self.base.n_timesteps, (len(x),), generator=self.generator)
@@ -271,16 +281,47 @@ class Training:
         return self.base.add_noise(noise, -x, timesteps)
 
 
+def finite_steps(training: Training) -> Iterator[Step]:
+    """The steps that are left. ArithmeticError when the loss is no number, after which nothing is learned."""
+    for step in training:
+        if not math.isfinite(step.loss):
+            raise ArithmeticError(
+                f"the loss is {step.loss} at step {step.step}: lower lr (now {training.settings.lr:g})"
+            )
+        yield step
+
+
 def own_seed(seed: int, images: Sequence[Image.Image], captions: Sequence[str]) -> int:
     """What a training with `seed` starts from: another number for other pictures or captions.
 
     From one start all LoRAs keep nearly the same `down` matrices (cosine .95 after 1000 steps): they read the same few
     directions of every input, and any two conflict in a merge as much as two that really are about the same thing.
     """
-    sha = hashlib.sha256(f"{seed}/{list(captions)}".encode())
-    for image in images:
-        sha.update(f"/{image.size}/{image.mode}/".encode() + image.tobytes())
+    shown = [f"/{image.size}/{image.mode}/".encode() + image.tobytes() for image in images]
+    distinct = dict.fromkeys(zip(captions, shown, strict=True))  # naming a picture twice teaches nothing else
+    sha = hashlib.sha256(f"{seed}/{[caption for caption, _ in distinct]}".encode())
+    for _, content in distinct:
+        sha.update(content)
     return int.from_bytes(sha.digest()[:7], "big")
+
+
+def drawn_in_turn(sets: Sequence[Sequence[int]], first: int, n: int, generator: torch.Generator) -> list[int]:
+    """`n` rows, of which number i, counted from `first`, is any of sets[i mod len(sets)], all of that set's equally
+    likely. So of any even number of pictures both of two sets have given half, whatever their sizes."""
+    # one draw serves sets of any size; from equal sets it takes what it would take from one
+    numbers = torch.randint(math.lcm(*map(len, sets)), (n,), generator=generator).tolist()
+    turns = [sets[(first + i) % len(sets)] for i in range(n)]
+    return [rows[number % len(rows)] for rows, number in zip(turns, numbers, strict=True)]
+
+
+def _rows_of(sets: Sequence[int], n_images: int) -> list[list[int]]:
+    """The rows of each set. ValueError unless every image is in one of them and none is empty."""
+    if len(sets) != n_images:
+        raise ValueError(f"{len(sets)} sets named for {n_images} pictures")
+    rows = [[row for row, one in enumerate(sets) if one == number] for number in range(max(sets) + 1)]
+    if not all(rows):
+        raise ValueError(f"set {rows.index([])} of {len(rows)} has no pictures")
+    return rows
 
 
 def _copy(weight: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from ziplora.calibration_settings import Passes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -30,13 +32,51 @@ class TrainSettings:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if not self.trigger.strip() or self.trigger not in self.prompt:
-            raise ValueError(f"the prompt {self.prompt!r} does not contain the trigger {self.trigger!r}")
+        check_trigger(self.prompt, self.trigger)
         for name in ("rank", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}; it must be a finite number above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointSettings(TrainSettings):
+    """Of one LoRA for two concepts; `prompt` and `trigger` are the subject's, the style has its own."""
+
+    style_prompt: str
+    style_trigger: str
+
+    def __post_init__(self) -> None:
+        TrainSettings.__post_init__(self)
+        check_trigger(self.style_prompt, self.style_trigger)
+
+
+@dataclass(frozen=True, slots=True)
+class JointKnobs:
+    """Settings of joint training, the paper's by default. rank, and the rest of it: as for `ziplora train`. steps: of
+    which half the pictures are the subject's and half the style's. batch: pictures per step. lr: Adam's learning rate.
+    size: pixels of the pictures; None for what the base was trained at."""
+
+    rank: int = 64
+    steps: int = 1000
+    batch: int = 1
+    lr: float = 5e-5
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    size: int | None = None
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        TrainSettings("x", "x", **asdict(self))  # has the same bounds
+        if self.size is not None and self.size < 8:
+            raise ValueError(f"size is {self.size}; at least 8")
+
+    def settings(self, subject: tuple[str, str], style: tuple[str, str], seed: int) -> JointSettings:
+        """With (prompt, trigger) of both."""
+        return JointSettings(*subject, style_prompt=style[0], style_trigger=style[1], seed=seed, **asdict(self))
+
+    def passes(self) -> Passes:
+        return Passes(backward=self.steps * self.batch)
 
 
 def image_paths(location: str | Path) -> list[Path]:
@@ -56,14 +96,30 @@ def read_captions(paths: Sequence[Path], settings: TrainSettings) -> list[str]:
     Captions that name what else is seen ("a sks dog in watercolour style", "a sks dog on a beach") keep it out of what
     the trigger stands for. ValueError for one that cannot be read or lacks the trigger.
     """
-    captions = []
-    for path in paths:
-        file = path.with_suffix(".txt")
-        try:
-            caption = file.read_text(encoding="utf-8").strip() if file.is_file() else settings.prompt
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the caption {file} cannot be read as text: {error}") from error
-        if settings.trigger not in caption:
-            raise ValueError(f"the caption {file}, {caption!r}, does not contain the trigger {settings.trigger!r}")
-        captions.append(caption)
-    return captions
+    return [_read_caption(path.with_suffix(".txt"), settings.prompt, settings.trigger) for path in paths]
+
+
+def _read_caption(file: Path, prompt: str, trigger: str) -> str:
+    try:
+        return caption_of(file.read_bytes() if file.is_file() else None, prompt, trigger, str(file))
+    except OSError as error:
+        raise ValueError(f"the caption {file} cannot be read as text: {error}") from error
+
+
+def caption_of(content: bytes | None, prompt: str, trigger: str, name: str) -> str:
+    """The caption in a file's bytes, the prompt where there is no file. ValueError naming the file."""
+    if content is None:
+        return prompt
+    try:
+        caption = content.decode().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the caption {name} cannot be read as text: {error}") from error
+    if trigger not in caption:
+        raise ValueError(f"the caption {name}, {caption!r}, does not contain the trigger {trigger!r}")
+    return caption
+
+
+def check_trigger(prompt: str, trigger: str) -> None:
+    """ValueError unless the words that stand for the concept are in its prompt."""
+    if not trigger.strip() or trigger not in prompt:
+        raise ValueError(f"the prompt {prompt!r} does not contain the trigger {trigger!r}")
