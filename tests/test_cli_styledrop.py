@@ -12,7 +12,6 @@ from PIL import Image
 
 from service.cli_styledrop import styledrop
 from service.errors import BadInput
-from tests.commands import ziplora
 from tests.tiny import tiny_amused, tiny_sdxl
 from tests.tiny_scorers import tiny_clip
 from ziplora.adapter_files import read_adapter
@@ -60,11 +59,9 @@ def run(place: Path, models: Path, **options: Any) -> int:
     return styledrop.main(arguments(place, models, **options), standalone_mode=False)
 
 
-def test_two_rounds_as_a_user_runs_it(place: Path, models: Path) -> None:
-    options = {"feedback_clip": models / "clip", "content": "a cat", "keep": 1, "per_content": 2}
-    done = ziplora("styledrop", *arguments(place, models, **options))
-    assert done.returncode == 0, done.stderr
-    assert "wrote 1 pictures and recipe.json" in done.stdout
+def test_two_rounds_and_the_recipe(place: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place, models, feedback_clip=models / "clip", content="a cat", keep=1, per_content=2) == 0
+    assert "wrote 1 pictures and recipe.json" in capsys.readouterr().out
     out = place / "out"
     assert Image.open(out / "0-7.png").size == (16, 16)
     assert (out / "feedback/0.txt").read_text() == "a cat in szn style\n"
