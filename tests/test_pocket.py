@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from service.base_files import read_base
@@ -16,7 +17,8 @@ from service.inputs import DigestCache
 from ziplora import formats, layouts, pocket
 from ziplora import lora as lora_value
 from ziplora.base import Base, load_base
-from ziplora.pocket import models, ship, train_base, train_loras, train_vae, world
+from ziplora.masked import load_masked
+from ziplora.pocket import models, ship, train_amused, train_base, train_loras, train_vae, world
 from ziplora.pocket.check import combinations, rates, sample
 from ziplora.pocket.pool import read_pool, write_pool
 from ziplora.pocket.recognise import Recogniser
@@ -141,6 +143,45 @@ class TestMiniature:
         layouts.check_shapes(parsed, found.shapes, "retro")
         assert (parsed.base, parsed.layout) == ("SD 1.5", "kohya-diffusers")
         assert header.metadata["ss_base_model_version"] == "sd_v1"
+
+
+class TestMaskedMiniature:
+    def test_the_autoencoder_decodes_as_the_shipped_one(self) -> None:
+        vae = AutoencoderKL.from_pretrained(pocket.path() / "vae", dtype=torch.float32)
+        vq = train_amused.vq_model(vae, 16)
+        latents = torch.randn(2, 4, 12, 12, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = vae.decode(latents).sample / 2 + 0.5
+            torch.testing.assert_close(vq.decoder(vq.post_quant_conv(latents)), expected, atol=1e-5, rtol=1e-5)
+
+    def test_k_means_finds_what_is_apart(self) -> None:
+        corners = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+        generator = torch.Generator().manual_seed(0)
+        points = corners.repeat(50, 1) + 0.1 * torch.randn(150, 2, generator=generator)
+        found = train_amused.k_means(points, 3, generator)
+        assert torch.cdist(corners, found).min(1).values.max() < 0.1
+
+    def test_training_resumes_bit_for_bit_and_its_pipeline_loads(self, tmp_path: Path) -> None:
+        recipe = train_amused.Recipe(codes=16, batch=2, steps=4)
+        vq = train_amused.vq_model(AutoencoderKL.from_pretrained(pocket.path() / "vae", dtype=torch.float32), 16)
+        pixels = np.stack([np.asarray(world.picture(world.truth("cat", s), 0)) for s in world.SEEN_STYLES[:4]])
+        captions = [world.caption(world.truth("cat", style)) for style in world.SEEN_STYLES[:4]]
+
+        def trainer() -> train_amused.Trainer:
+            base = train_amused.build(vq, recipe, tmp_path)
+            return train_amused.Trainer(base, train_amused.tokens_of(base, pixels).long(), captions, recipe)
+
+        through = trainer()
+        through.update()
+        through.save(tmp_path)
+        losses = [through.update() for _ in range(2)]
+        resumed = trainer()
+        resumed.restore(torch.load(tmp_path / "state.pt"))
+        assert [resumed.update() for _ in range(2)] == losses
+        resumed.finish(tmp_path)
+        loaded = load_masked(tmp_path / "base")
+        assert (loaded.side, loaded.mask_token) == (world.SIZE, 23)
+        assert torch.equal(loaded.encode_images([Image.fromarray(pixels[0])])[0], through.tokens[0])
 
 
 class TestShipped:
