@@ -44,7 +44,7 @@ from tests.bench.models import random_lora, random_pipeline
 from tests.bench.true_flops import true_size_flops
 from ziplora.base import resident
 from ziplora.calibrate import WEIGHT_ROWS, Calibration, calibrate, predictions
-from ziplora.merged import Pair
+from ziplora.merged import Pair, Words
 from ziplora.methods import METHODS, CalibrationSettings, Method, ZipLoRAKnobs
 from ziplora.moments import recorded
 from ziplora.optimize import Optimization
@@ -87,7 +87,8 @@ class Bench:
 
     def pair(self, moments: str | None = "none") -> Pair:
         known = [None, None] if moments is None else self.calibrations(moments)
-        return Pair(*self.loras, *known, combined_prompt="sks dog in szn style")  # type: ignore[arg-type]
+        words = (Words(PROMPTS[0], "sks dog"), Words(PROMPTS[1], "szn style"))
+        return Pair(*self.loras, *known, combined_prompt="sks dog in szn style", words=words)  # type: ignore[arg-type]
 
     def rate(self) -> float:
         return matmul_rate(self.device, self.dtype)["best"]

@@ -3,7 +3,8 @@
 import functools
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ from ziplora.base import load_base
 from ziplora.calibrate import Calibration, calibrate, derived_seed
 from ziplora.formats import read_lora
 from ziplora.lora import LoRA, digest, scaled
-from ziplora.merged import Merged, Pair
+from ziplora.merged import Merged, Pair, Words
 from ziplora.methods import METHODS, CalibrationSettings
 from ziplora.optimize import batch, reconstruction, student_conditioning
 from ziplora.pocket import Concept, world
 from ziplora.pocket.recognise import Recogniser
 from ziplora.sample import make_scheduler
 from ziplora.score import load_clip, load_dino, mean_cosine
+from ziplora.switched import Follow, applied_side_by_side
 
 TRUTHS = 32  # renderings of one scene: pose, size and pattern phase vary
+N_CAPTIONS = 200  # as many as the published code of Custom Diffusion reads
 HELD_OUT = "held out"  # names the seed of draws that no merge was fitted to
 
 
@@ -68,10 +71,18 @@ def parse_variant(text: str) -> Variant:
     name, _, weights = head.partition("@")
     if name not in METHODS:
         raise ValueError(f"there is no method {name}: {', '.join(METHODS)}")
-    given = dict(one.split("=", 1) for one in settings.split(",")) if settings else {}
+    given: dict[str, Any] = dict(one.split("=", 1) for one in settings.split(",")) if settings else {}
+    if "captions" in METHODS[name].knob_names:
+        given["captions"] = plain_captions()  # the built-in ones are of a world that this base has never seen
     knobs = TypeAdapter(METHODS[name].knobs).validate_python(given)
     first, _, second = (weights or "1").partition("/")
     return Variant(text, name, knobs, (float(first), float(second or first)))
+
+
+def plain_captions() -> tuple[str, ...]:
+    """Captions such as the base was trained on, none of a pair that it is asked for."""
+    generator = np.random.default_rng(0)
+    return tuple(dict.fromkeys(world.training_example(generator)[1] for _ in range(N_CAPTIONS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +184,8 @@ class Stand:
                     observed[i], spent = self.calibration(concept, wanted)
                     seconds.append(spent)
             prompt = method.combined_prompt(variant.knobs, cell.subject.trigger, cell.style.trigger)
-            pairs.append(Pair(subject, style, *observed, combined_prompt=prompt))
+            words = tuple(Words(concept.prompt, concept.trigger) for concept in (cell.subject, cell.style))
+            pairs.append(Pair(subject, style, *observed, combined_prompt=prompt, words=words))  # type: ignore[arg-type]
         return pairs, sum(seconds) / len(seconds) if seconds else 0.0
 
     def calibration(self, concept: Concept, wanted: CalibrationSettings) -> tuple[Calibration, float]:
@@ -201,11 +213,14 @@ class Stand:
             for cell, one in zip(cells, merged, strict=True)
         ]
         draws = [(pair.subject_calibration, pair.style_calibration) for pair in pairs]
-        rows, parts = 8, []
-        with self.base.slots.loaded([[one.subject, one.style] for one in merged]):
+        # a merge that changes during sampling is another one for each timestep: every draw is then a merge of its own
+        switched = merged[0].until is not None
+        rows, parts = 1 if switched else 8, []
+        with self._applied([one for one in merged for _ in range(2)] if switched else merged) as follow:
             conditioning = student_conditioning(self.base, pairs).repeat(rows)
             for step in range(self.settings.held_out_draws // rows):
                 noisy, timesteps, target = batch(draws, step, rows)
+                follow([1 - (t + 1) / self.base.n_timesteps for t in timesteps.flatten().tolist()])
                 predicted = self.base.predict_noise(noisy.flatten(0, 2), timesteps.flatten(), conditioning)
                 parts.append(reconstruction(predicted.unflatten(0, target.shape[:3]), target, "mean-square"))
         losses = torch.stack(parts).mean(0)
@@ -219,6 +234,15 @@ class Stand:
             }
             for cell, loss in zip(cells, losses, strict=True)
         ]
+
+    @contextmanager
+    def _applied(self, merged: Sequence[Merged]) -> Iterator[Follow]:
+        if merged[0].until is not None:
+            with applied_side_by_side(self.base.slots, [one.applied() for one in merged]) as follow:
+                yield follow
+        else:
+            with self.base.slots.loaded([[one.subject, one.style] for one in merged]):
+                yield lambda share: None
 
     @torch.no_grad()
     def _effect(self, concept: Concept, seed: int) -> float:
@@ -239,12 +263,19 @@ class Stand:
         ]
         pipeline = self.base.pipeline
         pipeline.scheduler = make_scheduler(self.settings.scheduler, pipeline.scheduler)  # afresh: they carry state
-        with self.base.slots.loaded([[merged.subject, merged.style]]):
+        with self._applied([merged]) as follow:
+            follow(0.0)
+
+            def after_step(_: Any, number: int, __: Any, kept: dict[str, Any]) -> dict[str, Any]:
+                follow((number + 1) / self.settings.steps)
+                return kept
+
             images = pipeline(
                 prompts,
                 num_inference_steps=self.settings.steps,
                 guidance_scale=self.settings.guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                callback_on_step_end=after_step,
             ).images
         rest = iter(images)
         return {shot.kind: [next(rest) for _ in range(shot.count)] for shot in wanted}
