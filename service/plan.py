@@ -279,11 +279,10 @@ def _caption_problems(manifest: Manifest, base: BaseFiles) -> Iterator[str]:
     width = max((shape[1] for path, shape in base.shapes.items() if path.endswith(".attn2.to_k")), default=0)
     for merge in manifest.merges:
         captions = merge.knobs.get("captions")
-        if captions and sum(min(MAX_TOKENS, len(caption)) + 1 for caption in captions) < width:
+        if isinstance(captions, list) and sum(min(MAX_TOKENS, len(caption)) + 1 for caption in captions) < width:
             yield (
                 f"{manifest.where('merge')}: missing captions: {len(captions)} cannot have {width} words in different"
-                f" contexts, which {merge.method} needs for this base; give more, or leave captions out for the"
-                " built-in ones"
+                f" contexts, which {merge.method} needs for this base; give more, or captions: built-in"
             )
 
 

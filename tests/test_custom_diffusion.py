@@ -202,7 +202,7 @@ def test_what_it_cannot_do_is_refused(base: Base, pair: Pair) -> None:
 
 def test_bad_settings_are_refused_with_what_would_do() -> None:
     for given, reason in (
-        ({"captions": ()}, "captions is empty; plain captions to leave alone, or null for the built-in ones"),
+        ({"captions": ()}, "captions is empty; plain captions to leave alone, or built-in"),
         ({"captions": ("a dog", " ")}, r"captions\[1\] is empty; a plain caption such as"),
         ({"ridge": -1.0}, r"ridge is -1.0; from 0 \(the paper\) to 1"),
     ):

@@ -185,7 +185,7 @@ def _states(base: Base, words: Words, text: LoRA) -> Tensor:
 
 def _plain(base: Base, knobs: CustomDiffusionKnobs, text: LoRA) -> tuple[Tensor, int]:
     """C_regᵀC_reg + ρtI [in, in], and of how many different states. ValueError for fewer than they have values."""
-    captions = builtin_captions() if knobs.captions is None else tuple(knobs.captions)
+    captions = builtin_captions() if knobs.captions == "built-in" else tuple(knobs.captions)
     key = ("plain captions", captions, knobs.ridge)
     if text.layers or key not in base.derived:
         ids = [base.token_ids(caption) for caption in captions]
@@ -194,7 +194,7 @@ def _plain(base: Base, knobs: CustomDiffusionKnobs, text: LoRA) -> tuple[Tensor,
         if n_states < width:
             raise ValueError(
                 f"missing captions: {len(captions)} have {n_states} words in different contexts, at least {width} are"
-                " needed for this base; give more, or leave captions out for the built-in ones"
+                " needed for this base; give more, or captions: built-in"
             )
         total = _second_moment(base, captions, [len(one) for one in ids], text)
         total.diagonal().add_(knobs.ridge * total.diagonal().mean())

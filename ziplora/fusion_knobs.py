@@ -8,20 +8,21 @@ from ziplora.calibration_settings import CalibrationSettings
 
 @dataclass(frozen=True, slots=True)
 class CustomDiffusionKnobs:
-    """captions: the plain captions that the merge shall leave alone (the paper's C_reg); None for the built-in ones
-    (ziplora/captions.py). Together they must have at least as many words in different contexts as the base's text
-    states have values: 768 for SD 1.5, 2048 for SDXL. others: what becomes of layers that are no K or V of a
-    cross-attention; `direct` adds both LoRAs' updates there, `none` leaves them out, as in a model of which only K and
-    V were trained. ridge: ρ; C_regᵀC_reg is taken as C_regᵀC_reg + ρtI, t being its mean diagonal; 0 is the paper."""
+    """captions: the plain captions that the merge shall leave alone (the paper's C_reg); `built-in` for those of
+    ziplora/captions.py. Together they must have at least as many words in different contexts as the base's text states
+    have values: 768 for SD 1.5, 2048 for SDXL. others: what becomes of layers that are no K or V of a cross-attention;
+    `direct` adds both LoRAs' updates there, `none` leaves them out, as in a model of which only K and V were trained.
+    ridge: ρ; C_regᵀC_reg is taken as C_regᵀC_reg + ρtI, t being its mean diagonal; 0 is the paper."""
 
-    captions: tuple[str, ...] | None = None
+    captions: tuple[str, ...] | Literal["built-in"] = "built-in"
     others: Literal["direct", "none"] = "direct"
     ridge: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.captions is not None and not self.captions:
-            raise ValueError("captions is empty; plain captions to leave alone, or null for the built-in ones")
-        if self.captions is not None and (empty := [i for i, text in enumerate(self.captions) if not text.strip()]):
+        if not self.captions:
+            raise ValueError("captions is empty; plain captions to leave alone, or built-in")
+        empty = [i for i, text in enumerate(self.captions) if not text.strip()]
+        if self.captions != "built-in" and empty:
             raise ValueError(f"captions[{empty[0]}] is empty; a plain caption such as 'a red bicycle in the rain'")
         if not 0 <= self.ridge <= 1:
             raise ValueError(f"ridge is {self.ridge}; from 0 (the paper) to 1")
@@ -31,7 +32,7 @@ class CustomDiffusionKnobs:
 class GradientFusionKnobs:
     """steps: iterations of L-BFGS for a layer; context_steps: for the layers that read text, K and V of the
     cross-attentions and the text encoders. 50 and 500 are those of the published code. draws, noise and size: of the
-    observations, as for ziplora."""
+    observations, as for ziplora-closed, which shares them."""
 
     steps: int = 50
     context_steps: int = 500
