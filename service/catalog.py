@@ -3,6 +3,7 @@
     entries/<job_id>.json                  an entry: its presence is the commit
     pairs/<job_id>/<attempt>/<name>        the objects that an attempt left; only those that an entry names count
     failures/<job_id>.json                 given up, with the reason
+    loras/…, checkpoints/…                 LoRAs that runs trained, and trainings under way; see trained.py
     runs/<run_id>/…                        what a run leaves about itself
     index/…, index.json                    derived from the above, brought up to date at any time; see index.py
 
@@ -47,6 +48,7 @@ from service.errors import AlreadyCommitted, Corrupted, NotFound, StorageError, 
 from service.pull import Pulled, PullOptions, pull
 from service.steps import Steps, parallel
 from service.storage import LocalStore, Store, open_store
+from service.trained import TrainedLoRAs
 
 if TYPE_CHECKING:
     from service.client import Selection
@@ -238,7 +240,8 @@ class Catalog:
         return verify(self.store, self.select(subject, style, method, unreadable.append), unreadable, known)
 
     def garbage(self, older_than_s: float = GARBAGE_S, now: datetime | None = None) -> list[Garbage]:
-        """Attempts that no entry names and uploads that were never finished, older than this; nothing is removed.
+        """Attempts that no entry names, uploads that were never finished and trainings that nobody went on with, older
+        than this; nothing is removed.
 
         ValueError for an age at which a commit may still be under way. Any number of runs may be at work meanwhile.
         """
@@ -247,7 +250,8 @@ class Catalog:
                 f"garbage is at least {2 * COMMIT_S:.0f} s old, not {older_than_s:.0f}: younger attempts may be at work"
             )
         now = now or datetime.now(UTC)
-        return list(find_garbage(self.store, self.committed(), self.existing, older_than_s, now))
+        found = list(find_garbage(self.store, self.committed(), self.existing, older_than_s, now))
+        return found + list(TrainedLoRAs(self.store).garbage(older_than_s, now))
 
     def collect(self, garbage: Sequence[Garbage]) -> Steps[tuple[Garbage, bool]]:
         """Remove what `garbage` found, one step each; False for what turned out to be in use."""

@@ -24,6 +24,7 @@ from service.catalog import Catalog
 from service.cli_catalog import COMMANDS as CATALOG_COMMANDS
 from service.cli_deploy import deploy
 from service.cli_jobs import COMMANDS as JOB_COMMANDS
+from service.cli_loras import loras
 from service.cli_options import CATALOG_HELP, filtered, open_catalog
 from service.cli_pages import COMMANDS as PAGE_COMMANDS
 from service.cli_report import report
@@ -208,6 +209,7 @@ def schema() -> None:
 
 
 cli.add_command(train)
+cli.add_command(loras)
 cli.add_command(styledrop)
 cli.add_command(deploy)
 cli.add_command(report)

@@ -16,9 +16,10 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from service.care import Garbage
 from service.entry import ATTEMPT, JOB_ID, MAX_BYTES, SHA256
 from service.errors import AlreadyCommitted, Corrupted, NotFound, StorageError
 from service.storage import Store
@@ -91,6 +92,25 @@ class TrainedLoRAs:
             with suppress(StorageError):  # what stays is garbage that no record names
                 self.store.delete(key)
         return standing
+
+    def garbage(self, older_than_s: float, now: datetime) -> Iterator[Garbage]:
+        """Files that no record names, and checkpoints that nobody went on from, older than this at `now`."""
+        limit = now - timedelta(seconds=older_than_s)
+        for found in self.store.list(PREFIX):
+            match = KEY.fullmatch(found.key)
+            if match and found.modified < limit and not self._is_named(match[1], found.key):
+                yield Garbage(found.key.rpartition("/")[0], (found,), None, "no record names it")
+        for found in self.store.list(CHECKPOINTS):
+            if found.modified < limit:
+                yield Garbage(found.key, (found,), None, "a checkpoint that nobody went on from")
+
+    def _is_named(self, training_id: str, key: str) -> bool:
+        try:
+            return self.get(training_id).key == key
+        except NotFound:
+            return False
+        except StorageError:  # unreadable, or no answer: then nothing is known
+            return True
 
     # Trainings under way, and jobs whose method trains
 

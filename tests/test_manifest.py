@@ -3,14 +3,16 @@
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from service.errors import ManifestError
 from service.manifest import parse_manifest, read_manifest
-from service.manifest_file import SamplesSection, SchedulerName, manifest_schema
+from service.manifest_file import SamplesSection, SchedulerName, TrainingSection, manifest_schema
 from ziplora.methods import METHODS
+from ziplora.train_settings import TrainSettings
 
 SMALL = """\
 base: ./sdxl
@@ -250,6 +252,7 @@ def test_missing_file_directory_unreadable(tmp_path):
 # What is wrong with its fields
 
 FIELDS = "lora, prompt, trigger, images, weight, training"
+TRAINING = ", ".join(TrainingSection.model_fields)
 LOCATION = "expected s3://bucket/key"
 CASES = [
     ("output: ./catalog\n", "", "demo.yaml:1: output: missing; expected where the catalog goes: a directory or s3://bucket/prefix"),
@@ -275,6 +278,9 @@ CASES = [
     ("oil painting", '"a\\x01b"', "demo.yaml:7: styles.oil.prompt: holds the control character '\\x01'; remove it"),
     ("{lora: /srv/oil.safetensors, prompt: oil painting}", "oil.safetensors", "demo.yaml:7: styles.oil: expected a mapping of fields, given 'oil.safetensors'"),
     ("lora: dog.safetensors", "lora: [dog.safetensors]", "demo.yaml:3: subjects.dog.lora: expected text, given a list of 1"),
+    ("lora: dog.safetensors, ", "", "demo.yaml:3: subjects.dog.lora: missing; expected the LoRA file: a path or s3://bucket/key, or else images, to train one on"),
+    ("trigger: sks dog", "training: {steps: 5}", "demo.yaml:3: subjects.dog.training: given beside lora, which is trained already; keep one of them"),
+    ("lora: dog.safetensors", "images: /dev/null, training: {step: 5}", f"demo.yaml:3: subjects.dog.training.step: unknown field; did you mean steps? known: {TRAINING}"),
     # ids
     ("dog:", "a/b:", "demo.yaml:3: subjects.a/b: the id 'a/b' cannot be used; expected 1 to 64 of A-Z a-z 0-9 . _ - beginning with a letter or digit"),
     ("dog:", "../dog:", "demo.yaml:3: subjects.../dog: the id '../dog' cannot be used; expected 1 to 64 of A-Z a-z 0-9 . _ - beginning with a letter or digit"),
@@ -333,6 +339,12 @@ ADDED = [
     ("merge: {seed: [1, 1]}", "merge.seed: expected at least one seed, each once"),
     ("merge: {seed: 1, seeds: 2}", "merge.seeds: given beside seed, which means the same; keep one"),
     ("merge: [direct, {method: direct, seeds: [1, 0]}]", "merge[1]: the same as merge[0] in method, knobs and seed 0; keep one"),
+    ("merge: {method: joint, rank: 0}", "merge: rank is 0; it must be at least 1"),
+    # training
+    ("training: {rnk: 4}", f"training.rnk: unknown field; did you mean rank? known: {TRAINING}"),
+    ("training: {lr: 0}", "training.lr: expected more than 0, given 0"),
+    ("training: 3", "training: expected a mapping of fields, given 3"),
+    ("training: {lr_schedule: linear}", "training.lr_schedule: expected one of constant, cosine, given 'linear'"),
     # samples
     ("samples:", "samples: expected a mapping of fields, given nothing"),
     ("samples: {seeds: [1]}", "samples.prompts: missing; expected templates such as '{subject} in {style}', or `samples: {}` for no images"),
@@ -376,6 +388,38 @@ def test_a_strength_is_sampled_only_where_the_file_keeps_the_style_apart():
     ]
     parse(f"{SMALL}merge: [direct, ties, np-lora]\n{samples}")
     parse(f"{SMALL}merge: svd\nsamples: {{prompts: x}}\n")
+
+
+def test_joint_training_needs_pictures_of_both():
+    text = SMALL.replace("trigger: sks dog", "images: dog.png").replace(
+        "prompt: oil painting", "images: a.png, prompt: x"
+    )
+    why = (
+        "missing; joint trains on pictures of both subject and style: give some, or leave {0} out of the pairs, or"
+        " merge by joint in a manifest of its own"
+    )
+    assert problems(f"{text}merge: [direct, joint]\n") == [
+        f"demo.yaml:4: subjects.cat.images: {why.format('cat')}",
+        f"demo.yaml:6: styles.ink.images: {why.format('ink')}",
+    ]
+    parse(f"{text}merge: joint\npairs: [[dog, oil]]\n")
+
+
+def test_a_training_has_the_papers_settings_where_nothing_is_said():
+    settings = {field.name: field.default for field in fields(TrainSettings) if field.name not in ("prompt", "trigger")}
+    assert TrainingSection().model_dump() == settings
+    text = SMALL.replace("lora: dog.safetensors", "images: dog.png, training: {steps: 600}")
+    dog, _ = parse(f"{text}training: {{rank: 4, lr: 1e-3}}\n").subjects
+    assert dog.lora == ""
+    assert dog.training == settings | {"rank": 4, "lr": 1e-3, "steps": 600}
+    assert any(
+        line.startswith("training: alpha none, steps 1000, ")
+        for line in parse(f"{text}training: {{rank: 4}}\n").defaulted
+    )
+    assert (
+        "training: not looked at, as nothing is to be trained by it"
+        in parse(f"{SMALL}training: {{rank: 4}}\n").defaulted
+    )
 
 
 def test_all_problems_at_once_in_the_order_of_the_file():

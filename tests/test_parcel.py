@@ -41,6 +41,14 @@ def test_relative_paths_travel_and_others_stay(manifest: Path, tmp_path: Path) -
     assert read_manifest(tmp_path / "laid out/here/grid.yaml").digest == read_manifest(manifest).digest
 
 
+def test_pictures_without_a_lora_travel_with_their_captions(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "here/dog/2.txt").write_text("a dog on a beach")
+    manifest.write_text(manifest.read_text().replace("lora: ../loras/dog.safetensors, ", ""))
+    assert {name for name in pack(read_manifest(manifest)).files if name.startswith("here/dog")} == {
+        "here/dog/1.png", "here/dog/2.png", "here/dog/2.txt"
+    }  # fmt: skip
+
+
 def test_a_hub_id_stays_and_what_is_missing_is_named(manifest: Path, tmp_path: Path) -> None:
     manifest.write_text(MANIFEST.format(base="owner/model", output="s3://bucket/catalog"))
     assert "owner/model" not in str(pack(read_manifest(manifest)))

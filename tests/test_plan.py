@@ -371,3 +371,76 @@ def test_planning_imports_nothing_heavy(place):
 )
 def test_trigger_from_a_prompt(role, prompt, trigger):
     assert derived_trigger(prompt, role) == trigger
+
+
+# Where there are images and no LoRA
+
+TRAINED = MANIFEST.replace("lora: dog.safetensors, ", "").replace("merge: ", "training: {rank: 4}\nmerge: ")
+
+
+def test_what_is_to_be_trained_is_said_with_its_cost(place):
+    found = planned(place, TRAINED)
+    found.check()
+    assert [training.pair for training in found.trainings_left] == ["subjects.dog"]
+    assert found.duration.train_s > 0
+    text = "\n".join(summary_lines(found))
+    assert "trains    subjects.dog on 1 images: rank 4, 1000 steps of 1, lr 5e-05\n" in text
+    assert "takes" in text
+    assert ": training " in text
+    assert [one["trained"] for one in found.to_json()["trainings"]] == [False]
+    dog, _ = planned(place).jobs[0], found.jobs[0]
+    assert found.n_bytes.merged == pytest.approx(planned(place).n_bytes.merged, rel=0.01)  # of rank 4, as the file is
+    assert {job.subject.lora_sha256 for job in found.jobs if job.subject.id == "dog"} == {found.trainings[0].job_id}
+    assert dog.subject.lora_sha256 != found.trainings[0].job_id
+
+
+def test_joint_training_looks_at_no_lora(place):
+    text = (
+        MANIFEST.replace("ink drawing}", "szn style, images: dog.png}")
+        .replace("a photo of sks dog", "a photo of zwx dog")
+        .replace("merge: [{steps: 2, seeds: [0, 1]}, direct]", "merge: {method: joint, rank: 4, steps: 5}")
+        .replace("output:", "pairs: [[dog, ink]]\noutput:")
+    )
+    (job,) = planned(place, text).jobs
+    assert (job.loras, job.trainings, job.subject.weight) == ((), (), 1.0)
+    assert job.subject.captions == ("a photo of zwx dog",)
+    assert identity(job)["style"]["captions"] == ["a cat in szn style"]
+    assert from_json(to_json(job)) == job
+    assert planned(place, text).duration.merge_s > 0
+    without = planned(
+        place, text.replace("lora: dog.safetensors, ", "").replace("zwx dog,", "zwx dog, trigger: zwx dog,")
+    )
+    assert without.trainings == ()
+    assert [job.job_id for job in without.jobs] == [job.job_id]
+
+
+FIT = "36 pixels do not fit the base; expected a multiple of 8"
+NO_FILE = "no such file or directory; relative paths begin at the manifest's directory"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{rank: 4}", "{size: 36}", f"demo.yaml:7: training.size: {FIT}"),
+        ("dog.png", "dog.png, training: {size: 36}", f"demo.yaml:3: subjects.dog.training.size: {FIT}"),
+        (
+            "dog.png",
+            "dog.png, trigger: sks cat",
+            "demo.yaml:3: subjects.dog.trigger: the prompt 'a photo of sks dog' does not contain the trigger 'sks cat';"
+            " correct one of them",
+        ),
+        ("dog.png", "none.png", f"demo.yaml:3: subjects.dog.images: none.png: {NO_FILE}"),
+    ],
+)
+def test_what_cannot_be_trained(place, old, new, message):
+    assert problems(place, TRAINED.replace(old, new)) == [message]
+
+
+def test_a_caption_without_the_trigger(place):
+    (place / "m/dog.txt").write_text("a cat")
+    assert problems(place, TRAINED) == [
+        "demo.yaml:3: subjects.dog.images: the caption dog.txt, 'a cat', does not contain the trigger 'sks dog'"
+    ]
+    (place / "m/dog.txt").write_text("sks dog on a beach")
+    (training,) = planned(place, TRAINED).trainings
+    assert training.captions == ("sks dog on a beach",)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -150,6 +151,20 @@ def test_the_first_that_is_published_stands(store: Store, made: Plan) -> None:
     assert loras.checkpoint(dog.job_id) is None
 
 
+def test_a_file_that_no_record_names_and_an_old_checkpoint_are_garbage(local: Catalog, made: Plan) -> None:
+    loras, dog = TrainedLoRAs(local.store), made.trainings[0]
+    standing = loras.commit(dog.job_id, "dog", "subject", {}, b"x", {})
+    local.store.put(f"loras/{dog.job_id}/killed/lora.safetensors", b"half")
+    loras.put_checkpoint(dog.job_id, b"state")
+    assert local.garbage() == []
+    later = datetime.now(UTC) + timedelta(days=2)
+    found = local.garbage(now=later)
+    assert sorted(item.name for item in found) == [f"checkpoints/{dog.job_id}.pt", f"loras/{dog.job_id}/killed"]
+    assert all(gone for _, gone in local.collect(found))
+    assert local.garbage(now=later) == []
+    assert local.store.get(standing.key) == b"x"
+
+
 @pytest.mark.parametrize("change", [{"key": "pairs/x/lora.safetensors"}, {"sha256": "x"}, {"size": -1}, {"name": 3}])
 def test_a_record_that_is_none_is_refused(local: Catalog, made: Plan, change: dict[str, object]) -> None:
     loras, dog = TrainedLoRAs(local.store), made.trainings[0]
@@ -224,6 +239,11 @@ def test_killed_in_mid_training_twice_a_run_goes_on_from_the_checkpoint(grid: Gr
     (lora,) = TrainedLoRAs(catalog.store).all()
     assert lora.report["steps"] == 60
     assert lora.report["steps_here"] == 60 - second
+    listed = ziplora("loras", grid.root / "catalog", grid.root / "copies")
+    assert listed.returncode == 0, listed.stderr
+    assert "subjects.dog" in listed.stdout
+    assert "1 copied, 0 were there" in listed.stdout
+    assert formats.read_lora(grid.root / "copies/dog.safetensors").trigger == "sks dog"
     again = ziplora(*command)
     assert again.returncode == 0, again.stderr
     assert "trained   1 LoRAs, by an earlier run" in again.stdout

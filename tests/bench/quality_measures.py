@@ -20,7 +20,7 @@ from ziplora.base import load_base
 from ziplora.calibrate import Calibration, calibrate, derived_seed
 from ziplora.formats import read_lora
 from ziplora.lora import LoRA, digest, scaled
-from ziplora.merged import Merged, Pair, Words
+from ziplora.merged import Instances, Merged, Pair, Pictures, Words
 from ziplora.methods import METHODS, CalibrationSettings
 from ziplora.optimize import batch, reconstruction, student_conditioning
 from ziplora.pocket import Concept, world
@@ -28,6 +28,7 @@ from ziplora.pocket.recognise import Recogniser
 from ziplora.sample import make_scheduler
 from ziplora.score import load_clip, load_dino, mean_cosine
 from ziplora.switched import Follow, applied_side_by_side
+from ziplora.train_settings import TrainSettings, read_captions
 
 TRUTHS = 32  # renderings of one scene: pose, size and pattern phase vary
 N_CAPTIONS = 200  # as many as the published code of Custom Diffusion reads
@@ -175,6 +176,10 @@ class Stand:
         wanted = method.calibration(variant.knobs, cells[0].seed)
         pairs, seconds = [], []
         for cell in cells:
+            if method.trains:
+                pictures = Pictures(_instances(cell.subject), _instances(cell.style), cell.seed)
+                pairs.append(Pair(LoRA({}), LoRA({}), pictures=pictures))
+                continue
             subject, style = (
                 scaled(self.lora(c), w) for c, w in zip((cell.subject, cell.style), variant.weights, strict=True)
             )
@@ -359,6 +364,12 @@ def digest_of(*places: Path) -> str:
 def _flat(pictures: Sequence[Image.Image]) -> Tensor:
     arrays = [np.asarray(picture.convert("RGB").resize((world.SIZE, world.SIZE))) for picture in pictures]
     return torch.from_numpy(np.stack(arrays)).flatten(1).float() / 255
+
+
+def _instances(concept: Concept) -> Instances:
+    """What joint training is given of a concept: its pictures with their own captions, as its LoRA was."""
+    captions = read_captions(concept.images, TrainSettings(concept.prompt, concept.trigger))
+    return Instances(tuple(_images(concept)), tuple(captions), concept.prompt, concept.trigger)
 
 
 def _truths(scene: world.Scene) -> list[Image.Image]:
