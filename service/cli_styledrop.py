@@ -1,14 +1,16 @@
 """`ziplora styledrop`: options and what is printed; the work is styledrop.py's."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from service.cli_train import interruption, say
 from service.console import OUT, progress_bar, the_same_command
 from service.errors import BadInput
-from ziplora.errors import LoRAError
+
+if TYPE_CHECKING:
+    from service.styledrop import StyleDropOrder
 
 MADE = ("subject.safetensors", "style.safetensors", "style-round-1.safetensors")
 
@@ -74,14 +76,14 @@ def styledrop(out: Path, overwrite: bool, device: str, dtype: str, threads: int,
     return 0
 
 
-def _order(out: Path, options: dict[str, Any]) -> Any:
+def _order(out: Path, options: dict[str, Any]) -> "StyleDropOrder":
     from service.styledrop import Concept, FeedbackOrder, StyleDropOrder
     from ziplora.styledrop import CONTENTS, AdapterSettings, Mixture
 
-    concepts = [
+    subject, style = (
         Concept(role, options[role], options[f"{role}_prompt"], options[f"{role}_trigger"])
         for role in ("subject", "style")
-    ]
+    )
     feedback = None
     if options["feedback_clip"]:
         contents = options["contents"] or CONTENTS
@@ -90,7 +92,8 @@ def _order(out: Path, options: dict[str, Any]) -> Any:
     try:
         return StyleDropOrder(
             options["base"],
-            *concepts,
+            subject,
+            style,
             out,
             AdapterSettings(
                 options["rank"], options["train_steps"], options["batch"], options["lr"], options["train_seed"]
@@ -101,5 +104,5 @@ def _order(out: Path, options: dict[str, Any]) -> Any:
             options["steps"],
             feedback,
         )
-    except (ValueError, LoRAError) as error:
+    except ValueError as error:
         raise BadInput(str(error)) from error

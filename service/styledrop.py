@@ -215,7 +215,8 @@ class StyleDropRun:
 
     def _request(self, own: dict[str, Any]) -> dict[str, Any]:
         request = {**own, "settings": asdict(self.order.settings), "base": self.base_digest}
-        return json.loads(json.dumps(request))  # type: ignore[no-any-return]
+        read_back: dict[str, Any] = json.loads(json.dumps(request))  # tuples are lists then, as in a file
+        return read_back
 
 
 def load(order: StyleDropOrder, *, device: str, dtype: str, threads: int) -> StyleDropRun:

@@ -147,7 +147,8 @@ def resident_masked(pipeline: AmusedPipeline) -> MaskedBase:
 
 
 def masked_loss(base: MaskedBase, tokens: Tensor, text: TextCondition, generator: torch.Generator) -> Tensor:
-    """−log p of masked tokens given the others and the prompt, a mean over them: StyleDrop's Eq. 1 (arXiv 2306.00983).
+    """−log p of masked tokens given the others and the prompt, a mean over them: what Muse (arXiv 2301.00704) and
+    StyleDrop (2306.00983) train with.
 
     For each row of `tokens` [n, h, w] a share cos(π/2·u), u uniform, is masked, at least one token: MaskGIT's cosine
     schedule (arXiv 2202.04200, Sec. 3.1), with which aMUSEd was trained.

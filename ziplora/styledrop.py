@@ -1,11 +1,11 @@
 """StyleDrop (arXiv 2306.00983) with DreamBooth's subject beside it, on a masked-token model (masked.py).
 
-- **Adapter tuning** (Sec. 3.2): few weights beside a frozen transformer are trained with the masked-token loss on one
+- **Adapter tuning**: few weights beside a frozen transformer are trained with the masked-token loss on one
   picture whose prompt names content and style ("a mushroom in szn style"). Here they are a LoRA (2106.09685) on its
   attention and feed-forward layers, which starts as the identity; the paper has bottleneck adapters.
-- **Iterative training with feedback** (Sec. 3.3): the tuned model draws other contents in the style, a scorer picks the
+- **Iterative training with feedback**: the tuned model draws other contents in the style, a scorer picks the
   best, and a second adapter is trained on those. One picture says too little about what is style and what is content.
-- **My object in my style** (Sec. 3.4): a subject's adapter, trained in the same way on its own pictures as DreamBooth
+- **My object in my style**: a subject's adapter, trained in the same way on its own pictures as DreamBooth
   does (arXiv 2208.12242), and the style's are never merged: at each step of sampling their logits are combined.
 
 So the result is pictures and a recipe (two adapters, weights, seeds), not one LoRA file.
@@ -43,8 +43,8 @@ CONTENTS = (
 
 @dataclass(frozen=True, slots=True)
 class AdapterSettings:
-    """How an adapter is trained. The defaults are diffusers' for StyleDrop on amused-256: rank 16, 1500 steps of one
-    picture at 4e-4."""
+    """How an adapter is trained. Steps, batch and learning rate are what diffusers' examples/amused advises for
+    StyleDrop on amused-256; the rank is a choice of ours."""
 
     rank: int = 16
     steps: int = 1500
@@ -64,8 +64,8 @@ class AdapterSettings:
 class Mixture:
     """Weights of the logits that a picture is sampled from (see `mixed`).
 
-    subject, style: w_c and w_s; the paper's γ and 1 − γ where they sum to 1. contrast: λ_A, text: λ_B. aMUSEd's
-    guidance scale is 1 + λ_B, 10 by default; Muse was sampled with less.
+    subject, style: w_c and w_s, a γ and 1 − γ where they sum to 1. contrast: λ_A, text: λ_B. aMUSEd's guidance scale is
+    1 + λ_B, 10 by default.
     """
 
     subject: float = 0.5
@@ -96,6 +96,9 @@ def mixed(base: Tensor, nothing: Tensor, subject: Tensor, style: Tensor, weights
     towards what was tuned; λ_B away from no prompt, towards the text. With w_c = γ and w_s = 1 − γ, ℓ_m is
     γ·ℓ_c + (1 − γ)·ℓ_s, the combination of a subject's and a style's adapter. Logits being log-probabilities up to a
     constant, it is a weighted product of the two models' distributions.
+
+    The form with λ_A and λ_B is the one in which github.com/aim-uofa/StyleDrop-PyTorch samples; the weights extend it
+    to two adapters. The paper's own equation for two was not at hand to be compared.
     """
     m = (1 - weights.subject - weights.style) * base + weights.subject * subject + weights.style * style
     return m + weights.contrast * (m - base) + weights.text * (base - nothing)
@@ -222,8 +225,8 @@ def sample_mixture(
             found = base.logits(tokens.expand(len(rows), -1, -1), text).float().split(1)
             by_name = dict(zip(rows, found, strict=True))
             plain = by_name["base"]
-            others = (by_name.get(name, plain) for name in ("nothing", "subject", "style"))
-            return mixed(plain, *others, weights)
+            nothing, c, s = (by_name.get(name, plain) for name in ("nothing", "subject", "style"))
+            return mixed(plain, nothing, c, s, weights)
 
         with base.slots.loaded([[lora] for lora in rows.values()]):
             tokens = sample_tokens(base, logits, seed, steps=steps, temperature=temperature)
@@ -252,8 +255,8 @@ def feedback(
     """The `keep` best of the tuned model's own pictures of `prompts`, the best first, for a second round of training.
 
     A picture's score is (1 − share)·CLIP-T + share·CLIP-I: its cosine with its own prompt and, a mean, with the style's
-    pictures. The paper's automatic feedback is the text's alone (`style_share` 0); half of each also drops pictures
-    that have lost the style. ValueError for a judge without a text side, or fewer pictures than are to be kept.
+    pictures. The share is ours: 0 scores by the text alone, half of each also drops pictures that have lost the style.
+    ValueError for a judge without a text side, or fewer pictures than are to be kept.
     """
     if judge.texts is None:
         raise ValueError(f"{judge.source} has no text side: feedback needs a CLIP")
