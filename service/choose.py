@@ -1,7 +1,7 @@
 """Which merges of a catalog to take, by their scores. Pure functions of entries."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -30,7 +30,11 @@ def matches(entry: Entry, subject: str = "*", style: str = "*", method: str = "*
 
 def score(entry: Entry, by: str = "harmonic") -> float | None:
     """One of SCORES: an alignment, or the harmonic mean of style and subject alignment; None if not scored."""
-    found = alignments(entry)
+    return score_of(alignments(entry), by)
+
+
+def score_of(found: Mapping[str, float | None], by: str) -> float | None:
+    """One of SCORES from alignments by the names of entry.ALIGNMENTS."""
     if by != "harmonic":
         return found[f"{by}_alignment"]
     style, subject = found["style_alignment"], found["subject_alignment"]

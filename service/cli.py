@@ -190,6 +190,8 @@ def methods() -> None:
     for other in UNMERGED.values():
         rows = {"does": other.summary, "yields": other.yields, "needs": other.needs, "command": other.command}
         _print_method(other.name, rows | {"paper": other.paper})
+    of = "several methods on each pair, the one with the highest score kept: {method: best, of: [direct, ziplora]}"
+    _print_method("best", {"does": of})
 
 
 def _print_method(name: str, rows: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
+from service.best import candidates, method_names, trains
 from service.jobs import Concept, Job, SampleSettings, TrainJob
 from ziplora.layouts import ModuleKeys, is_target
 from ziplora.methods import METHODS, SELF_IMAGES, SELF_STEPS, CalibrationSettings
@@ -90,7 +91,7 @@ def bytes_of(jobs: Sequence[Job], modules: Mapping[str, Modules], targets: Modul
     merged = mergers = peft = samples = 0
     for job in jobs:
         samples += sample_bytes(job.samples)
-        if METHODS[job.method].trains:
+        if trains(job.method):
             trained = merged_bytes(_at_rank(targets or {}, job.knobs["rank"]), {})
             merged += trained
             peft += trained if "peft" in job.outputs else 0
@@ -99,9 +100,10 @@ def bytes_of(jobs: Sequence[Job], modules: Mapping[str, Modules], targets: Modul
         if pair not in known:
             both = (modules[job.subject.lora_sha256], modules[job.style.lora_sha256])
             known[pair] = (merged_bytes(*both), merger_bytes(*both))
-        sizes = known[pair] if METHODS[job.method].file else (0, 0)
+        methods = [METHODS[name] for name in method_names(job.method, job.knobs)]
+        sizes = known[pair] if any(method.file for method in methods) else (0, 0)
         merged += sizes[0]
-        mergers += sizes[1] if METHODS[job.method].mergers else 0
+        mergers += sizes[1] if any(method.mergers for method in methods) else 0
         peft += sizes[0] if "peft" in job.outputs else 0
     return Bytes(merged, mergers, peft, samples)
 
@@ -196,7 +198,7 @@ def time_of(jobs: Iterable[Job], shapes: Shapes, default_size: int, factor: int)
     observed: dict[tuple[Concept, CalibrationSettings], float] = {}
     merging: dict[tuple[str, int, int], tuple[CalibrationSettings | None, float]] = {}  # jobs of a merge share knobs
     merge = sample = 0.0
-    for job in jobs:
+    for job in (candidate for one in jobs for candidate in candidates(one)):
         key = (job.method, id(job.knobs), job.seed)
         if key not in merging:
             settings = calibration_of(job)

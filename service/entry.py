@@ -66,6 +66,13 @@ class Entry:
         return self.job["method"]
 
     @property
+    def merged_by(self) -> str:
+        """The method that made its LoRA: `method`, or the one that `best` chose."""
+        best = self.report.get("best")
+        won = best.get("method") if isinstance(best, dict) else None
+        return won if isinstance(won, str) else self.method
+
+    @property
     def n_bytes(self) -> int:
         return sum(item.size for item in self.objects.values())
 

@@ -87,9 +87,9 @@ def halves(store: Store, entry: Entry, sources: tuple[str, str]) -> tuple[LoRA, 
     if MERGERS in entry.objects:
         mergers: Mergers = formats.read_mergers(_content(store, entry.objects[MERGERS], entry), name=MERGERS)
         return zipped(subject, style, mergers)
-    if entry.method not in UNMERGED:
+    if entry.merged_by not in UNMERGED:
         raise BadInput(
-            f"{entry.method} keeps no mergers: leave the source LoRAs away, then the published file is taken"
+            f"{entry.merged_by} keeps no mergers: leave the source LoRAs away, then the published file is taken"
         )
     return subject, style
 
@@ -110,7 +110,7 @@ def _subject_rank(header: Header, entry: Entry) -> int:
     rank = max((info.shape[0] for key, info in header.tensors.items() if key.endswith(".lora_down.weight")), default=0)
     if int(text) >= rank:
         raise BadInput(
-            f"{_pair(entry)}: {entry.method} leaves the style no rows of its own, so its strength cannot be changed"
+            f"{_pair(entry)}: {entry.merged_by} leaves the style no rows of its own, so its strength cannot be changed"
             " afterwards: give the style a weight in the manifest and merge again"
         )
     return int(text)

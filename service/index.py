@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from service.catalog import Catalog
 
-VERSION = 2
+VERSION = 3
 SUMMARY = "index.json"
 SHARD = re.compile(r"index/(all|[0-9a-f]{1,2})\.parquet")
 SHARD_ROWS = 4000  # more on average, and shards are split in sixteen

@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         ("subject", pa.string()),
         ("style", pa.string()),
         ("method", pa.string()),
+        ("merged_by", pa.string()),  # the method itself, or the one that `best` chose
         ("seed", pa.int64()),
         ("knobs", pa.string()),  # JSON
         ("architecture", pa.string()),
@@ -75,6 +76,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "subject": entry.subject,
         "style": entry.style,
         "method": entry.method,
+        "merged_by": entry.merged_by,
         "seed": _whole(job.get("seed")),
         "knobs": _json(job.get("knobs")),
         "architecture": _typed(base.get("architecture"), str),

@@ -9,7 +9,7 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -183,6 +183,13 @@ class TrainJob:
 
 
 Work = Job | TrainJob  # what a worker is given
+
+
+def as_candidate(job: Job, method: str, knobs: Mapping[str, Any], samples: SampleSettings) -> Job:
+    """The job by another method under its own id: what it writes names the job whose result it may become."""
+    other = replace(job, method=method, knobs=knobs, samples=samples)
+    object.__setattr__(other, "job_id", job.job_id)
+    return other
 
 
 def identity(job: Work) -> dict[str, Any]:

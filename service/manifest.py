@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from service.base_files import is_hub_id
+from service.best import trains
+from service.choose import BEST
 from service.errors import ManifestError, NotFound, StorageError
 from service.jobs import Role, SamplePrompt, template_problem
 from service.locations import is_pattern, matches, resolve_location
@@ -24,6 +26,7 @@ from service.manifest_file import (
     SamplesSection,
     ScorerSection,
     ScoresSection,
+    check_best,
     check_file,
     check_knobs,
     check_lora,
@@ -34,7 +37,7 @@ from service.manifest_file import (
 from service.pairs import choose_pairs
 from service.scorer_files import Kind
 from service.storage import split_location
-from service.wording import Fault, FieldPath, field_name, plain, shown, unknown
+from service.wording import Fault, FieldPath, field_name, plain, shown, some, unknown
 from service.yaml_text import MAX_BYTES, Document, Problem, Unreadable, read_yaml
 from ziplora.methods import METHODS
 from ziplora.unmerged import UNMERGED
@@ -76,6 +79,7 @@ class MergeSpec:
     knobs: Mapping[str, Any]
     seeds: tuple[int, ...]
     given: frozenset[str]
+    candidates: tuple["MergeSpec", ...] = ()  # of `best`, in the order in which they are tried; its knobs hold them too
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +132,11 @@ class Manifest:
     @property
     def takes_loras(self) -> bool:
         """Whether any method looks at the LoRAs; one that trains on both concepts' images does not."""
-        return not all(METHODS[merge.method].trains for merge in self.merges)
+        return not all(trains(merge.method) for merge in self.merges)
 
     @property
     def takes_captions(self) -> bool:
-        return any(METHODS[merge.method].trains for merge in self.merges)
+        return any(trains(merge.method) for merge in self.merges)
 
     def where(self, *field: str | int) -> str:
         """`demo.yaml:7: subjects.dog.lora`, for messages about what a field names."""
@@ -378,17 +382,54 @@ class _Reading:
             return None
         name = entry.get("method", DEFAULT_METHOD)
         seeds = self._merge_seeds(field, entry)
+        if name == BEST:
+            return self._best(field, entry, seeds)
         if not isinstance(name, str) or name not in METHODS:
             own = (*field, "method") if (*field, "method") in self.lines else field
             if isinstance(name, str) and name in UNMERGED:
                 self._problem(own, UNMERGED[name].refusal)
             else:
-                self._problem(own, unknown(f"unknown method {shown(name)}", list(METHODS), str(name)))
+                self._problem(own, unknown(f"unknown method {shown(name)}", [*METHODS, BEST], str(name)))
             return None
         given = {key: value for key, value in entry.items() if key not in ("method", "seed", "seeds")}
         knobs, faults = check_knobs(name, given, field)
         self._add(faults)
         return None if knobs is None or seeds is None else MergeSpec(name, knobs, tuple(seeds), frozenset(given))
+
+    def _best(self, field: FieldPath, entry: Mapping[str, Any], seeds: list[int] | None) -> MergeSpec | None:
+        given = {key: value for key, value in entry.items() if key not in ("method", "seed", "seeds")}
+        section, faults = check_best(given, field)
+        self._add(faults)
+        tried = tuple(self._candidates((*field, "of"), section.of if section else []))
+        if section is None or seeds is None or len(tried) < len(section.of):
+            return None
+        of = [{"method": spec.method, "knobs": dict(spec.knobs)} for spec in tried]
+        knobs = {"of": of, "by": section.by, "good_enough": section.good_enough}
+        return MergeSpec(BEST, knobs, tuple(seeds), frozenset(given), tried)
+
+    def _candidates(self, field: FieldPath, listed: list[Any]) -> Iterator[MergeSpec]:
+        seen: dict[str, FieldPath] = {}
+        for i, entry in enumerate(listed):
+            own: FieldPath = (*field, i)
+            named = {"method": entry} if isinstance(entry, str) else entry
+            if isinstance(named, dict) and (named.get("method") == BEST or {"seed", "seeds"} & named.keys()):
+                self._problem(own, "expected a method other than best, and no seed: that of best is for all")
+                continue
+            spec = self._merge(own, named)
+            if spec is None:
+                continue
+            if METHODS[spec.method].trains:
+                self._problem(
+                    own,
+                    f"{spec.method} trains on each pair's pictures and cannot be one of best's; merge by it as well: of"
+                    " all methods, `ziplora pull --method best` takes the highest scored merge",
+                )
+                continue
+            first = seen.setdefault(json.dumps([spec.method, spec.knobs], sort_keys=True), own)
+            if first == own:
+                yield spec
+            else:
+                self._problem(own, f"the same as {field_name(first)} in method and knobs; keep one")
 
     def _merge_seeds(self, field: FieldPath, entry: Mapping[str, Any]) -> list[int] | None:
         if "seed" in entry and "seeds" in entry:
@@ -400,18 +441,21 @@ class _Reading:
         return seeds
 
     def _check_strengths(self, file: ManifestFile | None, merges: Iterable[MergeSpec]) -> None:
-        """A style strength can be sampled only where the merged file keeps the style apart."""
-        whole = [merge.method for merge in merges if not METHODS[merge.method].parts]
-        if whole and file is not None and any(strength != 1.0 for strength in file.samples.style_strengths):
+        """A style strength can be sampled only where the merged file keeps the style apart: other methods are sampled
+        at 1.0 alone, which must then be asked for, and one method at least must have use for the others."""
+        whole, apart = _by_parts(merges)
+        strengths = [1.0] if file is None else file.samples.style_strengths
+        if whole and set(strengths) != {1.0} and (not apart or 1.0 not in strengths):
             self._problem(
                 ("samples", "style_strengths"),
-                f"{whole[0]} leaves the style no rows of its own, so that only 1.0 can be sampled; give the styles a"
-                f" weight instead, or merge by {whole[0]} in a manifest of its own",
+                f"{whole[0]} leaves the style no rows of its own, so that only 1.0 can be sampled; "
+                + ("add 1.0" if apart else "give the styles a weight instead"),
             )
 
     def _check_outputs(self, file: ManifestFile | None, merges: Iterable[MergeSpec]) -> None:
         """A second layout of the merged file, or nothing but it, can be had only where there is one."""
-        fileless = [merge.method for merge in merges if not METHODS[merge.method].file]
+        every = (own for merge in merges for own in (merge.candidates or (merge,)))
+        fileless = [merge.method for merge in every if not METHODS[merge.method].file]
         if not fileless or file is None:
             return
         if file.outputs:
@@ -423,7 +467,7 @@ class _Reading:
 
     def _check_images(self, merges: Iterable[MergeSpec], pairs: Iterable[tuple[str, str]]) -> None:
         """A method that trains needs pictures of both concepts of each pair."""
-        names = [merge.method for merge in merges if METHODS[merge.method].trains]
+        names = [merge.method for merge in merges if trains(merge.method)]
         used = {(role, id) for pair in pairs for role, id in zip(("subjects", "styles"), pair, strict=True)}
         for role, id in sorted(used) if names else ():
             entry = self._section(role).get(id)
@@ -492,7 +536,7 @@ class _Reading:
     def _defaulted(self, file: ManifestFile, merges: Iterable[MergeSpec]) -> Iterator[str]:
         if "merge" not in self.raw:
             yield f"merge: not given, so {DEFAULT_METHOD} with seed 0"
-        for merge in merges:
+        for merge in (own for one in merges for own in (one, *one.candidates)):
             left = [f"{knob} {plain(value)}" for knob, value in merge.knobs.items() if knob not in merge.given]
             if left:
                 yield f"merge: {merge.method} with {', '.join(left)}"
@@ -501,11 +545,14 @@ class _Reading:
         for name in ("seeds", "steps", "style_strengths") if self.raw.get("samples") else ():
             if name not in file.samples.model_fields_set:
                 yield f"samples.{name}: {plain(getattr(file.samples, name))}"
+        whole, _ = _by_parts(merges)
+        if whole and any(strength != 1.0 for strength in file.samples.style_strengths):
+            yield f"samples.style_strengths: 1.0 alone for {some(whole)}, whose style has no rows of its own"
         for role in ("subjects", "styles"):
             unweighted = [id for id, lora in getattr(file, role).items() if "weight" not in lora.model_fields_set]
             if unweighted:
                 yield f"{role}: weight 1.0 for {len(unweighted)} of {len(getattr(file, role))}"
-        looked_at = any(not METHODS[merge.method].trains for merge in merges)
+        looked_at = any(not trains(merge.method) for merge in merges)
         bare = [lora for lora in (*file.subjects.values(), *file.styles.values()) if not lora.lora]
         settings = file.training.model_dump()
         if bare and looked_at:
@@ -513,6 +560,12 @@ class _Reading:
             yield f"training: {', '.join(f'{name} {plain(settings[name])}' for name in left)}"
         elif "training" in self.raw:
             yield "training: not looked at, as nothing is to be trained by it"
+
+
+def _by_parts(merges: Iterable[MergeSpec]) -> tuple[list[str], list[str]]:
+    """Methods whose merged file does not keep the style apart, and those whose does."""
+    names = dict.fromkeys(one.method for merge in merges for one in (merge.candidates or (merge,)))
+    return [name for name in names if not METHODS[name].parts], [name for name in names if METHODS[name].parts]
 
 
 def _scorer_specs(section: ScoresSection, locations: Mapping[Kind, str]) -> Iterator[ScorerSpec]:

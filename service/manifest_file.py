@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
+from service.choose import BEST
 from service.wording import Fault, FieldPath, shown, unknown
 from ziplora.methods import METHODS
 
@@ -152,6 +153,16 @@ class SamplesSection(Strict):
     style_strengths: Strengths = Field(default=[1.0], description="factors of the style half, such as [1.0, 0.7, 0.4]")
 
 
+class BestSection(Strict):
+    """`method: best`, beside its seeds."""
+
+    of: list[Any] = Field(min_length=2, max_length=32, description="methods, or mappings of method and knobs")
+    by: Literal["harmonic", "style", "subject", "text"] = Field(
+        default="harmonic", description="the score that decides; harmonic: the mean of style and subject alignment"
+    )
+    good_enough: float | None = Field(default=None, ge=-1, le=1, description="a score with which no other is tried")
+
+
 class ManifestFile(Strict):
     """The whole file. `pairs`, `merge` and `samples.prompts` have several spellings and are read apart."""
 
@@ -228,6 +239,24 @@ def check_knobs(method: str, given: Mapping[str, Any], field: FieldPath) -> tupl
         faults += [Fault((*field, *one["loc"][:1]), _text_of(one)) for one in error.errors()]
         return None, faults
     return (None if faults else json.loads(json.dumps(asdict(knobs)))), faults
+
+
+def check_best(given: Mapping[str, Any], field: FieldPath) -> tuple[BestSection | None, list[Fault]]:
+    """The fields of `method: best`; what its list of methods holds is for the caller to check."""
+    try:
+        return BestSection.model_validate(given), []
+    except ValidationError as error:
+        return None, [_best_fault(one, field) for one in error.errors()]
+
+
+def _best_fault(error: Any, field: FieldPath) -> Fault:
+    known = BestSection.model_fields
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return Fault((*field, name), unknown("best has no such field", [*known, "seed"], name))
+    if error["type"] == "missing":
+        return Fault(field, f"best has no {name}; expected a list of {known[name].description}, the cheapest first")
+    return Fault((*field, name), _text_of(error))
 
 
 def _checked(kind: Any, value: Any, field: FieldPath) -> tuple[Any, list[Fault]]:
@@ -335,7 +364,8 @@ def manifest_schema() -> dict[str, Any]:
     pair = {"type": "array", "items": text, "minItems": 2, "maxItems": 2}
     named["pairs"]["anyOf"] = [{"const": "all"}, patterns, {"type": "array", "items": pair}]
     merges = [{"enum": list(METHODS)}, *map(_method_schema, METHODS)]
-    named["merge"]["anyOf"] = [*merges, {"type": "array", "items": {"anyOf": merges}, "minItems": 1}]
+    every = [*merges, _best_schema(merges)]
+    named["merge"]["anyOf"] = [*every, {"type": "array", "items": {"anyOf": every}, "minItems": 1}]
     prompts = schema["$defs"]["SamplesSection"]["properties"]["prompts"]
     prompts["anyOf"] = [*texts["anyOf"], {"type": "object", "additionalProperties": text}]
     for several_spellings in (named["merge"], prompts, named["samples"], named["scores"]):
@@ -356,5 +386,18 @@ def _method_schema(name: str) -> dict[str, Any]:
         "description": METHODS[name].summary,
         "properties": {"method": {"const": name}, "seed": seeds, "seeds": seeds, **knobs},
         "required": [] if name == DEFAULT_METHOD else ["method"],
+        "additionalProperties": False,
+    }
+
+
+def _best_schema(candidates: list[dict[str, Any]]) -> dict[str, Any]:
+    seeds = TypeAdapter(Seeds).json_schema()
+    fields = BestSection.model_json_schema()["properties"]
+    fields["of"]["items"] = {"anyOf": candidates}
+    return {
+        "type": "object",
+        "description": "of several methods, for each pair the one with the highest score",
+        "properties": {"method": {"const": BEST}, "seed": seeds, "seeds": seeds, **fields},
+        "required": ["method", "of"],
         "additionalProperties": False,
     }

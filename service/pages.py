@@ -44,7 +44,18 @@ KEPT_S = 3600.0  # rows that no page needs any more stay so long, for pages that
 STATIC = ("gallery.css", "model.js", "grid.js", "detail.js", "gallery.js")
 TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "html": "text/html; charset=utf-8"}
 COLUMNS = [
-    *("job_id", "subject", "style", "method", "seed", "knobs", "attempt", "subject_trigger", "style_trigger"),
+    *(
+        "job_id",
+        "subject",
+        "style",
+        "method",
+        "merged_by",
+        "seed",
+        "knobs",
+        "attempt",
+        "subject_trigger",
+        "style_trigger",
+    ),
     *("lora_key", "lora_bytes", "preview_key", "created", "objects", "job", "report", "architecture"),
     *("seconds", "merge_seconds"),
     *ALIGNMENTS,
@@ -247,6 +258,7 @@ def details(row: Mapping[str, Any]) -> dict[str, Any]:
         "scores": [None if row[name] is None else round(row[name], 4) for name in ALIGNMENTS],
         "unscored": scores.get("missing") or {},
         "merge": report.get("merge") if isinstance(report.get("merge"), dict) else {},
+        "best": report.get("best") if isinstance(report.get("best"), dict) else None,
         "stages": report.get("stages") or {},
         "device": report.get("device"),
         "observed": [_of(report, "subject", "calibrated_on"), _of(report, "style", "calibrated_on")],

@@ -10,7 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from service.base_files import BaseFiles, read_base
+from service.best import candidates, sampled_by, trains
+from service.best import problems as best_problems
 from service.catalog import Catalog
+from service.choose import BEST
 from service.cost import Bytes, Duration, bytes_of, calibration_of, time_from, time_of, training_s
 from service.errors import Corrupted, ManifestError, NotFound, ServiceError, StorageError
 from service.inputs import DigestCache
@@ -33,7 +36,6 @@ from service.steps import Steps
 from service.storage import open_store
 from service.trained import TrainedLoRAs
 from service.wording import field_name, plain, some
-from ziplora.methods import METHODS
 
 GUIDANCE: dict[Architecture, float] = {"sdxl": 5.0, "sd15": 7.5}  # the defaults of diffusers' pipelines
 NO_IMAGES = "no reference images, so images that the LoRA itself generates take their place"
@@ -96,7 +98,7 @@ class Plan:
                 }
                 for training in self.trainings
             ],
-            "images_per_job": self.jobs[0].samples.n_images if self.jobs else 0,
+            "images_per_job": max((job.samples.n_images for job in self.jobs), default=0),
             "bytes": {**asdict(self.n_bytes), "total": self.n_bytes.total},
             "seconds": {**asdict(self.duration), "total_s": self.duration.total_s},
             "defaulted": list(self.defaulted),
@@ -138,6 +140,7 @@ def plan(
     samples = _samples(manifest, base) if base else None
     problems += _size_problems(manifest, base, samples) if base and samples else []
     problems += _caption_problems(manifest, base) if base else []
+    problems += _best_problems(manifest, scorers, samples, loras) if samples and not unfit else []
     jobs: tuple[Job, ...] = ()
     defaulted = list(manifest.defaulted)
     if base and samples and not unfit:
@@ -210,7 +213,7 @@ class _Concepts:
     pictured: Concept
 
     def of(self, method: str) -> Concept:
-        return self.pictured if METHODS[method].trains else self.merged
+        return self.pictured if trains(method) else self.merged
 
 
 def _concept(lora: CheckedLoRA, output: str) -> _Concepts:
@@ -268,7 +271,8 @@ def _size_problems(manifest: Manifest, base: BaseFiles, samples: SampleSettings)
     problems = []
     if samples.width % step or samples.height % step:
         problems.append(f"{manifest.where('samples', 'size')}: {samples.width}×{samples.height} {expected}")
-    for size in (merge.knobs.get("size") for merge in manifest.merges):
+    merges = [one for merge in manifest.merges for one in (merge, *merge.candidates)]
+    for size in (merge.knobs.get("size") for merge in merges):
         if size is not None and size % step:
             problems.append(f"{manifest.where('merge')}: size {size} {expected}")
     return problems
@@ -277,13 +281,25 @@ def _size_problems(manifest: Manifest, base: BaseFiles, samples: SampleSettings)
 def _caption_problems(manifest: Manifest, base: BaseFiles) -> Iterator[str]:
     """Captions that are certainly too few, whatever the tokenizer makes of them: see ziplora.custom_diffusion."""
     width = max((shape[1] for path, shape in base.shapes.items() if path.endswith(".attn2.to_k")), default=0)
-    for merge in manifest.merges:
+    for merge in (own for one in manifest.merges for own in (one, *one.candidates)):
         captions = merge.knobs.get("captions")
         if isinstance(captions, list) and sum(min(MAX_TOKENS, len(caption)) + 1 for caption in captions) < width:
             yield (
                 f"{manifest.where('merge')}: missing captions: {len(captions)} cannot have {width} words in different"
                 f" contexts, which {merge.method} needs for this base; give more, or captions: built-in"
             )
+
+
+def _best_problems(
+    manifest: Manifest, scorers: Scorers, samples: SampleSettings, loras: Iterable[CheckedLoRA]
+) -> list[str]:
+    bare: dict[str, list[str]] = {"subject": [], "style": []}
+    for lora in loras:
+        if not lora.spec.images:
+            bare[lora.spec.role].append(f"{lora.spec.role}s.{lora.spec.id}")
+    chosen = dict.fromkeys(merge.knobs["by"] for merge in manifest.merges if merge.method == BEST)
+    found = (text for by in chosen for text in best_problems(by, scorers, samples, bare))
+    return [f"{manifest.where('merge')}: {text}" for text in found]
 
 
 def _jobs(
@@ -295,12 +311,13 @@ def _jobs(
 ) -> Iterator[Job]:
     """Method by method and seed by seed, the grid in its order; pairs with a LoRA that cannot be used are left out."""
     for merge in manifest.merges:
+        own = samples if merge.method == BEST else sampled_by(merge.method, samples)
         for seed in merge.seeds:
             for subject_id, style_id in manifest.pairs:
                 subject, style = concepts.get(("subject", subject_id)), concepts.get(("style", style_id))
                 if subject and style:
                     both = subject.of(merge.method), style.of(merge.method)
-                    yield Job(base, *both, merge.method, merge.knobs, seed, samples, manifest.outputs, scorers)
+                    yield Job(base, *both, merge.method, merge.knobs, seed, own, manifest.outputs, scorers)
 
 
 def _sample_defaults(manifest: Manifest, samples: SampleSettings) -> Iterator[str]:
@@ -335,7 +352,7 @@ def _unscored(scorers: Scorers, samples: SampleSettings, loras: Iterable[Checked
 
 def _lora_defaults(loras: Iterable[CheckedLoRA], jobs: Sequence[Job]) -> Iterator[str]:
     one_per_merge = {(job.method, id(job.knobs)): job for job in jobs}.values()
-    observed = any(calibration_of(job) for job in one_per_merge)
+    observed = any(calibration_of(one) for job in one_per_merge for one in candidates(job))
     for lora in loras:
         name = f"{lora.spec.role}s.{lora.spec.id}"
         trigger, source = trigger_of(lora)

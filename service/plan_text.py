@@ -29,12 +29,12 @@ def summary_lines(plan: Plan) -> Iterator[str]:
         yield f"          {n} × {method}"
     yield f"catalog   {plan.output}"
     if n_left:
-        images = plan.jobs[0].samples.n_images
+        images = sum(job.samples.n_images for job in plan.left)
         yield (
             f"writes    {_size(plan.n_bytes.total)}: merged LoRAs {_size(plan.n_bytes.merged)}"
             + (f", mergers {_size(plan.n_bytes.mergers)}" if plan.n_bytes.mergers else "")
             + (f", PEFT twins {_size(plan.n_bytes.peft)}" if plan.n_bytes.peft else "")
-            + (f", {n_left * images} images about {_size(plan.n_bytes.samples)}" if images else ", no images")
+            + (f", {images} images about {_size(plan.n_bytes.samples)}" if images else ", no images")
         )
         yield (
             f"takes     {time_text(plan.duration.total_s)}: "

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from service.choose import harmonic
+from service.choose import BEST, harmonic
 from service.errors import AccessDenied, BadInput, NotFound
 from service.intervals import Interval, clustered
 
@@ -62,6 +62,7 @@ class Result:
     setting: str
     architecture: str
     shown: bool  # whether it has a preview
+    merged_by: str = ""  # the method itself, or the one that `best` chose
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +122,31 @@ def read_rows(catalog: "Catalog") -> tuple[list[Mapping[str, Any]], list[Mapping
     try:
         summary = catalog.build_index()
     except AccessDenied:
-        rows = [index_rows.row(entry) for entry in catalog.entries()]
-        given_up = [
+        rows: list[Mapping[str, Any]] = [index_rows.row(entry) for entry in catalog.entries()]
+        given_up: list[Mapping[str, Any]] = [
             {"subject": one.job["subject"]["id"], "style": one.job["style"]["id"], "method": one.job["method"]}
             | {"reason": one.reason}
             for one in catalog.failures()
         ]
         return rows, given_up, ""
     found = (index.read_rows(catalog.store, shard, COLUMNS).to_pylist() for shard in summary.shards)
-    return [row for rows in found for row in rows], list(summary.given_up), summary.digest
+    return [row for own in found for row in own], list(summary.given_up), summary.digest
 
 
 COLUMNS = [
-    *("job_id", "subject", "style", "method", "seed", "knobs", "architecture", "preview_key", "job", "report"),
+    *(
+        "job_id",
+        "subject",
+        "style",
+        "method",
+        "merged_by",
+        "seed",
+        "knobs",
+        "architecture",
+        "preview_key",
+        "job",
+        "report",
+    ),
     *("style_alignment", "subject_alignment", "text_alignment", "seconds", "merge_seconds"),
 ]
 
@@ -162,6 +175,7 @@ def result_of(row: Mapping[str, Any]) -> Result:
         setting=_setting(job),
         architecture=row["architecture"] or "",
         shown=row["preview_key"] is not None,
+        merged_by=row["merged_by"],
     )
 
 
@@ -243,6 +257,8 @@ def variant_names(methods: Iterable[tuple[str, str]]) -> dict[tuple[str, str], s
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(one, dict) and "method" in one for one in value):
+        return "/".join(str(one["method"]) for one in value)  # `best`'s candidates
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -348,6 +364,9 @@ def _notes(results: Sequence[Result], rows: Sequence[Row]) -> Iterable[str]:
         if row.missing:
             of = f"{len(row.missing)} of {row.pairs + len(row.missing)}"
             yield f"{row.variant}: {of} pairs missing, {given_up} given up"
+        won = Counter(one.merged_by for one in results if one.method == row.method == BEST)
+        if won:
+            yield f"{row.variant} took {', '.join(f'{name} {n} times' for name, n in won.most_common())}"
         if row.unscored:
             yield f"{row.variant}: {row.unscored} of {row.merges} merges have no style and subject score"
     if min(len({one.subject for one in results}), len({one.style for one in results})) < 2:

@@ -46,7 +46,7 @@ def page(report: Report, *, pictures: Mapping[str, bytes] | None = None) -> byte
 def pictures_of(store: Store, report: Report) -> dict[str, bytes]:
     """The gallery's thumbnails of the merges on the contact sheet, by job id, the first MOST_PICTURES of them; one that
     nobody has made yet is left out."""
-    found = {}
+    found: dict[str, bytes] = {}
     for one in (one for cells in report.cells.values() for one in cells.values() if one.shown):
         if len(found) == MOST_PICTURES:
             break

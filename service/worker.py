@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import TypeAdapter
 
 from service.base_files import read_base
+from service.best import Contest, trains
 from service.caches import Cache, memory_share
 from service.catalog import Catalog
 from service.device import Device, timed
@@ -152,7 +153,7 @@ class Worker:
         jobs = [left.popleft()]
         while (
             left
-            and not METHODS[jobs[0].method].trains
+            and not trains(jobs[0].method)
             and len(jobs) < self.side_by_side.size
             and merges_like(left[0]) == merges_like(jobs[0])
         ):
@@ -161,34 +162,51 @@ class Worker:
 
     def _do(self, jobs: Sequence[Job], waited: "_Waited") -> Iterator[Message]:
         """Merge and sample `jobs`, which may share a forward pass. Results of those that end here; the rest uploads."""
-        ready: list[Prepared] = []
-        for job in jobs:
-            stages: dict[str, float] = {}
-            try:
-                with translated(job):
-                    if (yield from self._waiting(partial(self._is_committed, job), waited)):
-                        yield JobResult(job.job_id, "already")
-                    else:
-                        ready.append((yield from self._prepared(job, stages, waited)))
-            except Exception as error:
-                yield failed(job, error, stages, getattr(error, "sha256", None))
-        trained: list[tuple[Prepared, Merged | Exception]] = []
-        for one in (one for one in ready if one.pictures is not None):
-            trained.append((one, (yield from self.trainer.joint(one, partial(self._waiting, waited=waited)))))
-        for one, merged in chain(trained, self._merge([one for one in ready if one.pictures is None])):
-            try:
-                with translated(one.job):
-                    if isinstance(merged, Exception):
-                        raise merged
-                    made = self._made(one, merged)
-            except Exception as error:  # a defect of ours, or of a library: the job fails, the worker lives
-                yield failed(one.job, error, one.stages)
-            else:
-                if one.pictures is not None:
-                    self.trainer.forget(one.job.job_id)
-                self.uploads.start(made)
-                while self.uploads.pending > self.uploads.ahead:
-                    yield from self._wait_for_upload(waited)
+        contests = {job.job_id: Contest(job) for job in jobs}
+        while contests:  # once, but for `best`, which has several candidates
+            ready: list[Prepared] = []
+            for job in [contest.take() for contest in contests.values()]:
+                stages: dict[str, float] = {}
+                try:
+                    with translated(job):
+                        if (yield from self._waiting(partial(self._is_committed, job), waited)):
+                            del contests[job.job_id]
+                            yield JobResult(job.job_id, "already")
+                        else:
+                            ready.append((yield from self._prepared(job, stages, waited)))
+                except Exception as error:
+                    came = failed(job, error, stages, getattr(error, "sha256", None))
+                    yield from self._settle(contests, job, came, waited)
+            trained: list[tuple[Prepared, Merged | Exception]] = []
+            for one in (one for one in ready if one.pictures is not None):
+                trained.append((one, (yield from self.trainer.joint(one, partial(self._waiting, waited=waited)))))
+            for one, merged in chain(trained, self._merge([one for one in ready if one.pictures is None])):
+                try:
+                    with translated(one.job):
+                        if isinstance(merged, Exception):
+                            raise merged
+                        made = self._made(one, merged)
+                except Exception as error:  # a defect of ours, or of a library: the job fails, the worker lives
+                    yield from self._settle(contests, one.job, failed(one.job, error, one.stages), waited)
+                else:
+                    if one.pictures is not None:
+                        self.trainer.forget(one.job.job_id)
+                    yield from self._settle(contests, one.job, made, waited)
+
+    def _settle(
+        self, contests: dict[str, Contest], job: Job, came: Made | JobResult, waited: "_Waited"
+    ) -> Iterator[Message]:
+        """What came of a candidate; if with it the job is over, it uploads or has failed."""
+        outcome = contests[job.job_id].add(job, came)
+        if outcome is None:
+            return
+        del contests[job.job_id]
+        if isinstance(outcome, JobResult):
+            yield outcome
+            return
+        self.uploads.start(outcome)
+        while self.uploads.pending > self.uploads.ahead:
+            yield from self._wait_for_upload(waited)
 
     def _is_committed(self, job: Job) -> bool:
         """Before any work: another run on the same catalog may have been here since this one was planned."""

@@ -323,7 +323,7 @@ ADDED = [
     ("pairs: [[dog, ink], [dog, ink]]", "pairs[1]: dog/ink is already pairs[0]; name each pair once"),
     ("pairs: [dog/ink]", "pairs[0]: expected [subject, style], given 'dog/ink'"),
     # merge
-    ("merge: {method: ziplra}", f"merge.method: unknown method 'ziplra'; did you mean ziplora? known: {', '.join(METHODS)}"),
+    ("merge: {method: ziplra}", f"merge.method: unknown method 'ziplra'; did you mean ziplora? known: {', '.join([*METHODS, 'best'])}"),
     ("merge: {method: styledrop}", "merge.method: incompatible base: styledrop needs a masked-token model (aMUSEd) and pictures of both, not SDXL or SD 1.5, and yields images and a recipe, no merged LoRA; see `ziplora styledrop --help`"),
     ("merge: 3", "merge: expected a method or a mapping of method and knobs, given 3"),
     ("merge: []", f"merge: empty; expected a method (known: {', '.join(METHODS)}), or leave merge out"),
@@ -382,11 +382,12 @@ def test_wrong_addition(added, message):
 
 def test_a_strength_is_sampled_only_where_the_file_keeps_the_style_apart():
     samples = "samples: {prompts: x, style_strengths: [1, 0.4]}\n"
-    assert problems(f"{SMALL}merge: [direct, svd]\n{samples}") == [
-        "demo.yaml:10: samples.style_strengths: svd leaves the style no rows of its own, so that only 1.0 can be sampled;"
-        " give the styles a weight instead, or merge by svd in a manifest of its own"
-    ]
-    parse(f"{SMALL}merge: [direct, ties, np-lora]\n{samples}")
+    text = "demo.yaml:10: samples.style_strengths: svd leaves the style no rows of its own, so that only 1.0 can be sampled; "
+    assert problems(f"{SMALL}merge: svd\n{samples}") == [f"{text}give the styles a weight instead"]
+    assert problems(f"{SMALL}merge: [direct, svd]\n{samples.replace('1, ', '')}") == [f"{text}add 1.0"]
+    stated = parse(f"{SMALL}merge: [direct, svd]\n{samples}").defaulted
+    assert "samples.style_strengths: 1.0 alone for svd, whose style has no rows of its own" in stated
+    assert not any("alone" in line for line in parse(f"{SMALL}merge: [direct, ties, np-lora]\n{samples}").defaulted)
     parse(f"{SMALL}merge: svd\nsamples: {{prompts: x}}\n")
 
 
@@ -455,3 +456,48 @@ def test_scheduler_names_are_those_that_the_sampler_knows():
     from ziplora.sample import SCHEDULERS
 
     assert set(SchedulerName.__args__) == set(SCHEDULERS)
+
+
+# The best of several
+
+
+def test_best_lists_methods_with_their_knobs():
+    text = SMALL + "merge: {method: best, of: [direct, {method: ziplora, steps: 7}], good_enough: 0.5, seed: 3}\n"
+    (merge,) = parse(text).merges
+    assert (merge.method, merge.seeds) == ("best", (3,))
+    assert [one["method"] for one in merge.knobs["of"]] == ["direct", "ziplora"]
+    assert merge.knobs["of"][1]["knobs"]["steps"] == 7
+    assert (merge.knobs["by"], merge.knobs["good_enough"]) == ("harmonic", 0.5)
+    stated = parse(text).defaulted
+    assert "merge: best with by harmonic" in stated
+    assert any(line.startswith("merge: ziplora with learning_rate 0.01") for line in stated)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("", "merge: best has no of; expected a list of methods, or mappings of method and knobs, the cheapest first"),
+        (", of: [direct]", "merge.of: expected a list of at least 2, given a list of 1"),
+        (", of: [direct, zip]", "merge.of[1]: unknown method 'zip'; known: "),
+        (
+            ", of: [direct, {method: ziplora, step: 3}]",
+            "merge.of[1].step: ziplora has no such knob; did you mean steps? ",
+        ),
+        (", of: [direct, {method: best, of: []}]", "merge.of[1]: expected a method other than best, and no seed"),
+        (", of: [direct, {method: ziplora, seed: 3}]", "merge.of[1]: expected a method other than best, and no seed"),
+        (", of: [direct, direct]", "merge.of[1]: the same as merge.of[0] in method and knobs; keep one"),
+        (", of: [direct, ties], by: mean", "merge.by: expected one of harmonic, style, subject, text, given 'mean'"),
+        (", of: [direct, ties], good_enough: 2", "merge.good_enough: expected at most 1, given 2"),
+        (", of: [direct, ties], keep: 2", "merge.keep: best has no such field; known: of, by, good_enough, seed"),
+    ],
+)
+def test_what_can_be_wrong_with_best(fields: str, message: str):
+    (problem,) = problems(f"{SMALL}merge: {{method: best{fields}}}\n")
+    assert problem.startswith(f"demo.yaml:9: {message}")
+
+
+def test_the_schema_knows_best():
+    merges = manifest_schema()["properties"]["merge"]["anyOf"]
+    (best,) = [one for one in merges if one.get("properties", {}).get("method") == {"const": "best"}]
+    assert set(best["properties"]) == {"method", "seed", "seeds", "of", "by", "good_enough"}
+    assert any(one.get("enum") == list(METHODS) for one in best["properties"]["of"]["items"]["anyOf"])

@@ -106,7 +106,7 @@ ziplora.detail = (() => {
     facts.replaceChildren(...failures, ...(merge.about ? about(merge) : [el('p', {}, 'What is known of this merge is not here yet: reload the page in a moment.')]));
   }
 
-  const title = ({ entry }) => `${entry.method}${entry.seed ? `, seed ${entry.seed}` : ''}`;
+  const title = ({ entry, about }) => `${entry.method}${about && about.best ? `: ${about.best.method}` : ''}${entry.seed ? `, seed ${entry.seed}` : ''}`;
 
   function sampleOf(merge) {
     const samples = merge.about ? merge.about.samples : [];
@@ -148,7 +148,7 @@ ziplora.detail = (() => {
     const blocks = [];
     if (all.lora) {
       blocks.push(el('a', { class: 'download', href: ziplora.url(all.lora), download: file.replace(/[^A-Za-z0-9_.-]/g, '_') },
-        el('b', {}, 'Download the LoRA'), el('span', {}, `${size(all.bytes)} · safetensors · ${title({ entry })}`)));
+        el('b', {}, 'Download the LoRA'), el('span', {}, `${size(all.bytes)} · safetensors · ${title({ entry, about: all })}`)));
     }
     if (!all.lora && all.recipe) {
       blocks.push(el('a', { class: 'download', href: ziplora.url(all.recipe), download: file.replace(/[^A-Za-z0-9_.-]/g, '_').replace(/safetensors$/, 'json') },
@@ -162,6 +162,7 @@ ziplora.detail = (() => {
         ? el('p', { class: 'small' }, `${label}: ${all.unscored[`${label}_alignment`] || 'not scored'}`)
         : el('div', { class: 'score' }, el('span', {}, label, el('small', {}, ` ${judge}`)), el('meter', { min: 0, max: 1, value: Math.max(0, value), 'aria-label': label }), el('b', {}, value.toFixed(3)))))));
     }
+    if (all.best && Array.isArray(all.best.candidates)) blocks.push(section('Chosen from', tried(all.best)));
     const statistics = Object.entries(all.merge).map(([key, value]) => [words(key), plain(value)]).filter(([, value]) => value);
     if (statistics.length) blocks.push(section('The merge', table(statistics)));
     const made = [
@@ -174,6 +175,13 @@ ziplora.detail = (() => {
     blocks.push(fold('Settings', table(made)));
     blocks.push(fold('How it was made', table([...took, ['on', all.device || ''], ['finished', all.created.replace('T', ' ').slice(0, 16)], ['job', entry.id]].filter(([, value]) => value))));
     return blocks;
+  }
+
+  // Of method `best`: every candidate in the order in which it was tried.
+  function tried({ method, knobs, by, candidates, not_tried: rest }) {
+    const won = (one) => one.method === method && JSON.stringify(one.knobs) === JSON.stringify(knobs);
+    const told = (one) => (one.failed ? `failed: ${one.failed}` : `${ziplora.shortly(one.score)}, ${plain(one.seconds)} s${won(one) ? ', taken' : ''}`);
+    return el('div', {}, table(candidates.map((one) => [one.method, told(one)])), el('p', { class: 'small' }, [`by ${by}`, rest && rest.length ? `not tried: ${rest.join(', ')}` : ''].filter(Boolean).join('; ')));
   }
 
   const section = (heading, ...children) => el('section', {}, el('h3', {}, heading), ...children);
