@@ -9,7 +9,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-gallery bench-study bench-care bench-inside bench-resume bench-simulation bench-chaos bench-faults bench-no-op bench-overlap bench-scrape check-alerts clean
+.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-gallery bench-study bench-care bench-inside bench-best bench-resume bench-simulation bench-chaos bench-faults bench-no-op bench-overlap bench-scrape check-alerts clean
 
 venv: $(VENV)/.ready
 
@@ -51,6 +51,10 @@ bench-sample: venv
 # every method over the pocket world's grid; what was measured before is kept in build/quality and not measured again
 bench-quality: venv
 	$(BIN)/python -m tests.bench.quality
+
+# the best of several methods for each pair, beside each of them alone
+bench-best: venv
+	$(BIN)/python -m tests.bench.best_of
 
 # what LoRAs look like inside, and what the training-free merges leave out
 bench-inside: venv

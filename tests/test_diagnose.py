@@ -14,6 +14,7 @@ from ziplora.diagnose import (
     merger_histograms,
     parts_of,
     sparsity,
+    without_smallest,
 )
 from ziplora.lora import Layer, LoRA, Mergers, delta, stacked, zipped
 
@@ -41,6 +42,24 @@ def test_sparsity_counts_elements_and_energy() -> None:
         assert left == pytest.approx(sum(expected) / 2, abs=1e-12)
     assert found.rank == {Q: 3, K: 3}
     assert all(1 < value < 3 for value in found.effective_rank.values())
+
+
+def test_without_the_smallest_elements_the_largest_are_as_they_were() -> None:
+    left = without_smallest(SUBJECT, 0.8)
+    for path in (Q, K):
+        whole, kept = delta(SUBJECT.layers[path]), delta(left.layers[path])
+        gone = int(0.8 * whole.numel())
+        assert int((kept == 0).sum()) == gone
+        assert whole[kept == 0].abs().max() <= whole[kept != 0].abs().min()
+        assert torch.equal(kept[kept != 0], whole[kept != 0])
+        energy = float(kept.square().sum() / whole.square().sum())
+        assert energy == pytest.approx(
+            float(whole.abs().flatten().sort().values[gone:].square().sum() / whole.square().sum())
+        )
+    assert left.layers[CONV] is SUBJECT.layers[CONV]
+    assert without_smallest(SUBJECT, 0.0).layers == SUBJECT.layers
+    with pytest.raises(ValueError, match=r"share is 1\.0; from 0, below 1"):
+        without_smallest(SUBJECT, 1.0)
 
 
 def test_a_lora_without_attention_layers_has_nothing_to_look_at() -> None:

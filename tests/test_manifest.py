@@ -478,7 +478,7 @@ def test_best_lists_methods_with_their_knobs():
     [
         ("", "merge: best has no of; expected a list of methods, or mappings of method and knobs, the cheapest first"),
         (", of: [direct]", "merge.of: expected a list of at least 2, given a list of 1"),
-        (", of: [direct, zip]", "merge.of[1]: unknown method 'zip'; known: "),
+        (", of: [direct, zzz]", "merge.of[1]: unknown method 'zzz'; known: "),
         (
             ", of: [direct, {method: ziplora, step: 3}]",
             "merge.of[1].step: ziplora has no such knob; did you mean steps? ",

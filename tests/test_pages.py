@@ -17,7 +17,7 @@ from service.thumbnails import CRISP, SIDE, thumbnail, thumbnail_key
 from tests.browser import page_of
 from tests.commands import wait_until
 from tests.conftest import Swift
-from tests.pictures import commit, id_of, job, picture
+from tests.pictures import commit, id_of, job, picture, report_of
 
 EVIL = "<img src=x onerror=window.pwned=1>"
 
@@ -245,6 +245,23 @@ def test_it_goes_on_while_a_run_goes_on(browser: Browser, local: Catalog) -> Non
         expect(page.locator("#detail-title")).to_contain_text("ink")  # nobody is thrown out
         page.keyboard.press("Escape")
         expect(page.locator(".cell img")).to_have_count(2)
+
+
+def test_what_best_chose_and_from_what(browser: Browser, local: Catalog) -> None:
+    own = job("dog", "ink", "best") | {"knobs": {"of": [{"method": "direct", "knobs": {}}], "by": "harmonic"}}
+    tried = [
+        {"method": "direct", "knobs": {}, "seconds": 2.5, "score": 0.61},
+        {"method": "ties", "knobs": {}, "seconds": 1.0, "failed": "density 0.0 keeps nothing"},
+    ]
+    best = {"method": "direct", "knobs": {}, "by": "harmonic", "candidates": tried, "not_tried": ["ziplora"]}
+    local.commit(id_of(own), own, {"merged.png": picture("x")}, report_of(own) | {"best": best})
+    Gallery(local).refresh()
+    with page_of(browser, page_at(local)) as page:
+        page.locator(".cell").click()
+        expect(page.locator("#detail .figure b")).to_have_text(["best: direct"])
+        told = page.locator("#detail section", has_text="Chosen from")
+        expect(told.locator("tr")).to_have_text(["direct0.61, 2.50 s, taken", "tiesfailed: density 0.0 keeps nothing"])
+        expect(told).to_contain_text("by harmonic; not tried: ziplora")
 
 
 def test_without_scores_there_are_no_tools_for_them(browser: Browser, local: Catalog) -> None:

@@ -58,6 +58,22 @@ def sparsity(lora: LoRA) -> Sparsity:
     return Sparsity(below, {share: _mean(values) for share, values in left.items()}, effective, rank)
 
 
+def without_smallest(lora: LoRA, share: float) -> LoRA:
+    """The LoRA whose ΔW has, in each target layer, the `share` of its elements that are smallest in magnitude set to 0:
+    the paper's sparsity study, to be sampled and scored. What is left is of no low rank, so a layer comes back as
+    up = ΔW, down = 1, of rank in; what is no target layer is as it was. ValueError for a share outside [0, 1)."""
+    if not 0 <= share < 1:
+        raise ValueError(f"share is {share}; from 0, below 1")
+    layers = dict(lora.layers)
+    for path, layer in targets(lora).items() if share else ():
+        dense = delta(layer)
+        order = dense.abs().flatten().argsort(stable=True)
+        kept = dense.flatten().clone()
+        kept[order[: int(share * len(order))]] = 0
+        layers[path] = Layer(torch.eye(dense.shape[1], dtype=dense.dtype), kept.reshape(dense.shape))
+    return LoRA(layers)
+
+
 def effective_rank(layer: Layer) -> float:
     """exp(−Σ p_i·ln p_i) of p = σ/Σσ, from 1 to the rank; 0 of an update that is 0."""
     s = svd([layer])[1].double()

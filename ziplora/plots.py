@@ -36,6 +36,17 @@ def plot_sparsity(found: Mapping[str, Sparsity], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_dropped(found: Mapping[str, Mapping[float, float]], path: Path, ylabel: str) -> None:
+    """A score against the share of the smallest |ΔW| that was dropped, for each LoRA (name → share → score); share 1 is
+    the base model alone."""
+    figure, (axes,) = _figure(1)
+    for number, (name, scores) in enumerate(found.items()):
+        colour, line = (SUBJECT, STYLE)[number % 2], ("-", "--", ":")[number // 2 % 3]
+        axes.plot(list(scores), list(scores.values()), f"o{line}", color=colour, label=name)
+    axes.set(xlabel="share of the smallest |ΔW| dropped (1: no LoRA)", ylabel=ylabel)
+    _save(figure, path)
+
+
 def plot_interference(found: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """By block, for each case such as `before` and `after` → layer → `diagnose.interference`."""
     figure, (axes,) = _figure(1)

@@ -1,8 +1,9 @@
 """What the shipped LoRAs look like inside, and what the training-free merges make of them: `make bench-inside`.
 
-The paper's two observations (arXiv 2311.13600v2) on the pocket world's LoRAs: how much of ΔW is small, and how much two
-LoRAs meet column by column; then, for every training-free method, what its factorisation leaves out and its seconds.
-Weights only, so a minute on one core. Results: tests/bench/results/inside.json.
+The paper's two observations (arXiv 2311.13600v2) on the pocket world's LoRAs: how much of ΔW is small and whether the
+samples need it (its sparsity study: the smallest 0 to 95 % dropped, sampled and scored), and how much two LoRAs meet
+column by column; then, for every training-free method, what its factorisation leaves out and its seconds. About two
+minutes on one core. Results: tests/bench/results/inside.json, inside-dropped.png, inside-interference.png.
 """
 
 import json
@@ -12,19 +13,29 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from tests.bench.record import save
+from ziplora import pocket
 from ziplora.base import Base, load_base
 from ziplora.baseline_knobs import DareKnobs, NullSpaceKnobs, PruneKnobs, SvdKnobs, TiesKnobs
-from ziplora.diagnose import alignment, interference, sparsity
+from ziplora.calibrate import calibrate
+from ziplora.diagnose import alignment, interference, sparsity, without_smallest
 from ziplora.formats import read_lora
 from ziplora.lora import LoRA, n_bytes
 from ziplora.merged import Pair
-from ziplora.methods import METHODS
+from ziplora.methods import METHODS, ClosedKnobs, ZipLoRAKnobs
+from ziplora.plots import plot_dropped, plot_interference
+from ziplora.sample import Request, sample_requests
+from ziplora.score import load_clip, load_dino, score
 
 WEIGHTS = Path(__file__).parents[2] / "ziplora" / "pocket" / "weights"
 RESULTS = Path(__file__).parent / "results" / "inside.json"
+DROPPED = (0.0, 0.5, 0.8, 0.9, 0.95)  # shares of |ΔW|, the smallest first
+STUDIED = (("subjects", ("mushroom", "rocket")), ("styles", ("retro", "denim")))
+SAMPLES, STEPS = 4, 20  # pictures of each LoRA at each share, denoising steps
 WHOLE = 10_000
 CASES: dict[str, tuple[str, Any]] = {
     "svd": ("svd", SvdKnobs()),
@@ -96,16 +107,71 @@ def merges(base: Base, pair: Pair) -> dict[str, Any]:
     return results
 
 
+def dropped(base: Base) -> dict[str, Any]:
+    """Each LoRA under its own prompt: alignment with its own pictures (DINO of subjects, CLIP-I of styles) and the root
+    mean square difference of pixels in [0, 1] to the whole LoRA's samples, by share dropped; 1 is the base alone."""
+    clip, dino = load_clip(pocket.scorer("clip")), load_dino(pocket.scorer("dino"))
+    found: dict[str, Any] = {}
+    for kind, names in STUDIED:
+        for concept in (one for one in (*pocket.SUBJECTS, *pocket.STYLES) if one.name in names):
+            lora = read_lora(concept.lora).lora
+            own = [Image.open(path).convert("RGB") for path in concept.images]
+            whole: np.ndarray | None = None
+            found[concept.name] = {"kind": kind, "prompt": concept.prompt, "dropped": {}}
+            for share in (*DROPPED, 1.0):
+                left = without_smallest(lora, share) if share < 1 else LoRA({})
+                requests = [Request(left, concept.prompt, seed) for seed in range(SAMPLES)]
+                pictures = list(sample_requests(base, requests, steps=STEPS))
+                pixels = np.stack([np.asarray(one, dtype=np.float64) / 255 for one in pictures])
+                whole = pixels if whole is None else whole
+                scores = score(pictures, style_images=own, subject_images=own, clip=clip, dino=dino)
+                found[concept.name]["dropped"][str(share)] = {
+                    "alignment": round(float(scores.subject if kind == "subjects" else scores.style), 4),
+                    "pixels": round(float(np.sqrt(((pixels - whole) ** 2).mean())), 4),
+                }
+    return found
+
+
+def meeting_after(base: Base, subject: str, style: str) -> dict[str, dict[str, float]]:
+    """Interference by layer of one pair before and after merging, whose mergers scale columns."""
+    concepts = {one.name: one for one in (*pocket.SUBJECTS, *pocket.STYLES)}
+    sides = [concepts[name] for name in (subject, style)]
+    loras = [read_lora(one.lora).lora for one in sides]
+    cases = {"as they are": interference(*loras)}
+    for name, knobs in (("ziplora", ZipLoRAKnobs()), ("ziplora-closed", ClosedKnobs())):
+        observe = METHODS[name].calibration(knobs, 0)
+        assert observe is not None
+        calibrations = [
+            calibrate(
+                base, lora, one.prompt, [Image.open(path).convert("RGB") for path in one.images], observe, one.name
+            )
+            for lora, one in zip(loras, sides, strict=True)
+        ]
+        (merged,) = METHODS[name].load()(base, [Pair(*loras, *calibrations)], knobs)
+        cases[f"after {name}"] = interference(merged.subject, merged.style)
+    return cases
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    base = load_base(WEIGHTS / "base")
     subjects, styles = shipped("subjects"), shipped("styles")
     results = {
         "inside": {"subjects": inside(subjects), "styles": inside(styles)},
         "meeting": meeting(subjects, styles),
-        "merges": merges(load_base(WEIGHTS / "base"), Pair(subjects["mushroom"], styles["retro"])),
+        "dropped": dropped(base),
+        "merges": merges(base, Pair(subjects["mushroom"], styles["retro"])),
     }
+    cases = meeting_after(base, "mushroom", "retro")
+    results["after"] = {name: round(mean(values.values()), 4) for name, values in cases.items()}
+    plot_interference(cases, RESULTS.with_name("inside-interference.png"))
+    scores = {
+        name: {float(share): one["alignment"] for share, one in of["dropped"].items()}
+        for name, of in results["dropped"].items()
+    }
+    plot_dropped(scores, RESULTS.with_name("inside-dropped.png"), "alignment with its own pictures")
     save(RESULTS, results)
-    print(json.dumps(results["merges"], indent=1))
+    print(json.dumps({name: results[name] for name in ("dropped", "after", "merges")}, indent=1))
 
 
 if __name__ == "__main__":
