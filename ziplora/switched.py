@@ -84,22 +84,24 @@ def applied_side_by_side(slots: Slots, loras: Sequence[LoRA | Switched]) -> Iter
     if len(switched) < len(loras):
         raise ValueError("LoRAs that change during sampling share no batch with those that do not")
     paths = sorted({path for lora in switched for path in lora.until})
+    like = next(iter(slots.layers.values())).weight
+    shown: list[frozenset[str]] = []
 
     def follow(share: float | Sequence[float]) -> None:
+        nonlocal shown
         shares = [share] * len(switched) if isinstance(share, float) else share
         first = [lora.shows_first(at) for lora, at in zip(switched, shares, strict=True)]
-        slots.weigh(
-            {
-                path: torch.tensor([_weights(lora, path, shown) for lora, shown in zip(switched, first, strict=True)])
-                for path in paths
-            }
-        )
+        if first != shown:
+            rows = [[_weights(*one, path) for one in zip(switched, first, strict=True)] for path in paths]
+            # moved at once: to a GPU, one small copy for each module would take longer than the step
+            slots.weigh(dict(zip(paths, torch.tensor(rows).to(like), strict=True)))
+            shown = first
 
     with slots.loaded([[lora.first, lora.second] for lora in switched]):
         yield follow
 
 
-def _weights(lora: Switched, path: str, first: frozenset[str]) -> list[float]:
+def _weights(lora: Switched, first: frozenset[str], path: str) -> list[float]:
     if path not in lora.until:
         return [1.0, 1.0]
     return [1.0, 0.0] if path in first else [0.0, 1.0]
