@@ -77,8 +77,8 @@ def measure_endurance(n_pairs: int, device: str) -> dict[str, Any]:
 def measure_worker(n_pairs: int) -> dict[str, Any]:
     """The service's worker on the tests' grid: files to committed entries, UNet compiled, pairs one after another.
 
-    LoRAs of three ranks in four layouts. With `aot_eager`, inductor's path but for the code it makes: torch 2.13's `eager`
-    keeps the graphs of autograd functions, 7 MB with every pair here. A second compilation for ranks that were met before is an error.
+    LoRAs of three ranks in four layouts. A second compilation for ranks that were met before is an error. The backend
+    is inductor's path but for the code it makes: torch 2.13's `eager` keeps graphs of autograd functions, 7 MB a pair.
     """
     with tempfile.TemporaryDirectory() as directory:
         grid = build_grid(Path(directory))
