@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+CLIENT ?= .venv-client
 DEST ?= demo
 # processes that run tests, each file by one of them: much of a test's time is spent waiting for servers to start
 JOBS ?= 2
@@ -9,13 +10,23 @@ JOBS ?= 2
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-gallery bench-study bench-care bench-inside bench-best bench-resume bench-simulation bench-chaos bench-faults bench-no-op bench-overlap bench-scrape check-alerts clean
+.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-gallery bench-study bench-care bench-inside bench-best bench-resume bench-simulation bench-chaos bench-faults bench-no-op bench-overlap bench-scrape check-alerts client clean
 
 venv: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml deploy/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[test,lint]'
+	touch $@
+
+# the commands that plan, render for Kubernetes and look at catalogs, without torch and Ray: 200 MB instead of gigabytes
+client: $(CLIENT)/.ready
+
+$(CLIENT)/.ready: pyproject.toml deploy/constraints.txt
+	$(PYTHON) -m venv $(CLIENT)
+	$(CLIENT)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(CLIENT)/bin/pip install --quiet --disable-pip-version-check -c deploy/constraints.txt \
+		boto3 click huggingface-hub pillow prometheus-client pyarrow pydantic pyyaml rich 2> $(CLIENT)/pip.log || (cat $(CLIENT)/pip.log; false)
 	touch $@
 
 # the S3 server of the tests has needs of its own, so it has an environment of its own
@@ -108,4 +119,4 @@ check-alerts: venv
 	promtool test rules build/alerts/alerts_test.yml
 
 clean:
-	rm -rf $(VENV) .venv-swift .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENT) .venv-swift .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -88,10 +89,15 @@ MUTATIONS: dict[str, Callable[[Document], Any]] = {
         deletionStrategy={"deletionRules": [{"policy": "DeleteSelf", "condition": {"jobStatus": "FAILED"}}]}
     ),
     "a restart under autoscaler v2": lambda job: at(job, *WORKER).update(restartPolicy="Always"),
-    "resources twice": lambda job: at(job, *GROUP).update(resources={"CPU": "4"}, rayStartParams={"num-cpus": "4"}),
+    "resources twice": lambda job: (
+        at(job, *GROUP).update(resources={"CPU": "4"}),
+        at(job, *GROUP, "rayStartParams").update({"num-cpus": "4"}),
+    ),
     "no token": lambda job: at(job, *CLUSTER).pop("authOptions"),
     "work on the head": lambda job: at(job, *CLUSTER, "headGroupSpec", "rayStartParams").pop("num-cpus"),
     "more replicas than the most": lambda job: at(job, *GROUP).update(replicas=9),
+    "an object store beyond /dev/shm": lambda job: at(job, *GROUP, "rayStartParams").pop("object-store-memory"),
+    "agents without ports": lambda job: at(job, *GROUP, "rayStartParams").pop("runtime-env-agent-port"),
     "killed while draining": lambda job: at(job, *WORKER).update(terminationGracePeriodSeconds=60),
     # pod security
     "root": lambda job: at(job, *HEAD, "securityContext").update(runAsUser=0),
@@ -228,6 +234,22 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     assert wrong.returncode == 2
 
 
+@pytest.mark.parametrize("command", ["render grid.yaml --overlay gpu", "dashboard"])
+def test_what_make_client_installs_is_all_that_rendering_takes(command: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_bytes(MANIFEST)
+    tell = "atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
+    code = f"import atexit, sys; {tell}; from service.cli import main; main()"
+    words = [sys.executable, "-c", code, "deploy", *command.split()]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    loaded = {module.partition(".")[0].lower() for module in done.stderr.split()}
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
+    needs = {re.match(r"[\w-]+", one)[0] for one in project["dependencies"]}  # type: ignore[index]
+    (installed,) = re.findall(r"^\t+(boto3 .+) 2>", (DEPLOY.parent / "Makefile").read_text(), re.MULTILINE)
+    called = {"pillow": "pil", "pyyaml": "yaml"}
+    assert "click" in loaded
+    assert not {one for one in needs - set(installed.split()) if called.get(one, one.replace("-", "_")) in loaded}
+
+
 def test_patches_that_miss_are_refused() -> None:
     document = {"kind": "X", "a": {"b/c": [1, 2]}}
     assert json_patched(document, [{"op": "add", "path": "/a/b~1c/-", "value": 3}])["a"] == {"b/c": [1, 2, 3]}
@@ -305,6 +327,7 @@ def test_compose_opens_nothing_to_others_and_keeps_secrets_out() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
         assert service["cap_drop"] == ["ALL"], name
         assert ":latest" not in service["image"]
+        assert "${" not in str(service.get("command")), f"{name} shows a secret on its command line"
     environment = compose["x-ziplora"]["environment"]
     assert environment["RAY_AUTH_MODE"] == "token"
     assert all(environment[name].startswith("${") for name in ("RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY"))
