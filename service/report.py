@@ -89,6 +89,7 @@ class Row:
     missing: tuple[Missing, ...]
     unscored: int
     first_on: int
+    won: Mapping[str, int]  # merges by the method that made them: of `best`, which of its candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +330,7 @@ def _row(
         missing=tuple(Missing(*pair, reasons.get(pair)) for pair in pairs if pair not in mine),
         unscored=sum("harmonic" not in one.values for one in results),
         first_on=first_on,
+        won=dict(Counter(one.merged_by for one in results).most_common()),
     )
 
 
@@ -364,9 +366,8 @@ def _notes(results: Sequence[Result], rows: Sequence[Row]) -> Iterable[str]:
         if row.missing:
             of = f"{len(row.missing)} of {row.pairs + len(row.missing)}"
             yield f"{row.variant}: {of} pairs missing, {given_up} given up"
-        won = Counter(one.merged_by for one in results if one.method == row.method == BEST)
-        if won:
-            yield f"{row.variant} took {', '.join(f'{name} {n} times' for name, n in won.most_common())}"
+        if row.method == BEST:
+            yield f"{row.variant} took {', '.join(f'{name} {n} times' for name, n in row.won.items())}"
         if row.unscored:
             yield f"{row.variant}: {row.unscored} of {row.merges} merges have no style and subject score"
     if min(len({one.subject for one in results}), len({one.style for one in results})) < 2:

@@ -96,6 +96,14 @@ def test_a_pairs_seeds_are_averaged_and_variants_told_apart(local: Catalog) -> N
         report_on(local, against="ziplora")
 
 
+def test_what_best_took_is_told_of_each_variant(local: Catalog) -> None:
+    for enough, winner in ((None, "ties"), (0.5, "direct")):
+        own = job("dog", "ink", "best") | {"knobs": {"of": [], "good_enough": enough}}
+        local.commit(id_of(own), own, {"merged.safetensors": b"x"}, report_of(own) | {"best": {"method": winner}})
+    told = {note for note in report_on(local).notes if "took" in note}
+    assert told == {"best (good_enough 0.5) took direct 1 times", "best (good_enough null) took ties 1 times"}
+
+
 def test_merges_sampled_otherwise_are_not_subtracted(compared: Catalog) -> None:
     own = job("cat", "ink", "svd")
     samples = own["samples"] | {"seeds": [3]}
