@@ -86,13 +86,18 @@ def bytes_of(jobs: Sequence[Job], modules: Mapping[str, Modules], targets: Modul
 
     `targets`: the base's merge targets, which a method that trains writes at a rank of its own.
     """
+
+    @cache
+    def trained_bytes(rank: int) -> int:
+        return merged_bytes({path: replace(keys, rank=rank) for path, keys in (targets or {}).items()}, {})
+
     structures = {digest: hash(frozenset((p, k.rank) for p, k in lora.items())) for digest, lora in modules.items()}
     known: dict[tuple[int, int], tuple[int, int]] = {}
     merged = mergers = peft = samples = 0
     for job in jobs:
         samples += sample_bytes(job.samples)
         if trains(job.method):
-            trained = merged_bytes(_at_rank(targets or {}, job.knobs["rank"]), {})
+            trained = trained_bytes(job.knobs["rank"])
             merged += trained
             peft += trained if "peft" in job.outputs else 0
             continue
@@ -106,10 +111,6 @@ def bytes_of(jobs: Sequence[Job], modules: Mapping[str, Modules], targets: Modul
         mergers += sizes[1] if any(method.mergers for method in methods) else 0
         peft += sizes[0] if "peft" in job.outputs else 0
     return Bytes(merged, mergers, peft, samples)
-
-
-def _at_rank(targets: Modules, rank: int) -> Modules:
-    return {path: replace(keys, rank=rank) for path, keys in targets.items()}
 
 
 def sample_bytes(samples: SampleSettings) -> int:

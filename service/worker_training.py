@@ -65,7 +65,7 @@ class Trainer:
                     with Training(self.base, images, settings, captions=job.captions) as training:
                         losses = yield from self._steps(job.job_id, training, waiting)
                         content = self._written(job, training)
-                        report = self._report(training, losses, stages)
+                report = self._report(training, losses, stages)
                 with timed(stages, "commit"):
                     made = yield from waiting(lambda: self._commit(job, content, report))
         except Exception as error:

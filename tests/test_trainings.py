@@ -211,7 +211,7 @@ def test_killed_in_mid_training_twice_a_run_goes_on_from_the_checkpoint(grid: Gr
         return next((one.stat().st_mtime_ns for one in checkpoints.glob("*.pt")), 0)
 
     inline = started(*command, "--inline")
-    wait_until(lambda: checkpoint() > 0)
+    wait_until(lambda: checkpoint() > 0, timeout_s=480)
     os.killpg(inline.pid, signal.SIGKILL)
     assert "subjects.dog begins: 60 steps" in inline.communicate()[0]
     before = checkpoint()
