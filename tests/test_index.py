@@ -195,7 +195,7 @@ def test_a_damaged_shard_is_made_again(local: Catalog, damage: bytes) -> None:
     fill(local, *jobs(3))
     local.build_index()
     local.store.put("index/all.parquet", damage)
-    local.store.put("index.json", b'{"version": 2, "shards": {"all": [1, 2]}}')
+    local.store.put("index.json", b'{"version": 3, "shards": {"all": [1, 2]}}')
     assert update_index(local).read == 3
     assert ids_of(local) == sorted(local.committed())
 
