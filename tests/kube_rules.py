@@ -108,9 +108,6 @@ def _operator_problems(job: Document) -> Iterator[str]:
         # Ray takes 30 % of the memory if it is not told, and /tmp/ray where that does not fit
         if not int(group["rayStartParams"].get("object-store-memory", 10**10)) < size:
             yield "the object store does not fit into /dev/shm"
-        # else the raylet waits 15 s for its agents to tell their ports, which few CPUs do not suffice for, and ends
-        if not {"dashboard-agent-grpc-port", "runtime-env-agent-port"} <= group["rayStartParams"].keys():
-            yield "the agents' ports are Ray's to choose"
     drain = {
         one["name"]: one["value"]
         for group in cluster["workerGroupSpecs"]

@@ -97,7 +97,6 @@ MUTATIONS: dict[str, Callable[[Document], Any]] = {
     "work on the head": lambda job: at(job, *CLUSTER, "headGroupSpec", "rayStartParams").pop("num-cpus"),
     "more replicas than the most": lambda job: at(job, *GROUP).update(replicas=9),
     "an object store beyond /dev/shm": lambda job: at(job, *GROUP, "rayStartParams").pop("object-store-memory"),
-    "agents without ports": lambda job: at(job, *GROUP, "rayStartParams").pop("runtime-env-agent-port"),
     "killed while draining": lambda job: at(job, *WORKER).update(terminationGracePeriodSeconds=60),
     # pod security
     "root": lambda job: at(job, *HEAD, "securityContext").update(runAsUser=0),
