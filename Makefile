@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml deploy/constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[test,lint]'
 	touch $@
 
-# the commands that plan, render for Kubernetes and look at catalogs, without torch and Ray: 200 MB instead of gigabytes
+# the commands that plan, render for Kubernetes and look at catalogs, without torch and Ray: 300 MB instead of gigabytes
 client: $(CLIENT)/.ready
 
 $(CLIENT)/.ready: pyproject.toml deploy/constraints.txt
