@@ -49,10 +49,10 @@ def pack(manifest: Manifest) -> Parcel:
             there.append(text)
         elif not text.startswith("s3://"):
             try:
-                files = _files(text, source.parent, is_model)
-                found += files
+                named = _files(text, source.parent, is_model)
+                found += named
                 if "images" in field:  # with what each of them is trained on as
-                    found += [caption for path in files if (caption := path.with_suffix(".txt")).is_file()]
+                    found += [caption for path in named if (caption := path.with_suffix(".txt")).is_file()]
             except NotFound as error:
                 problems.append(f"{manifest.where(*field)}: {error}")
     if problems:
