@@ -15,10 +15,12 @@ class Boards:
     """A worker gets the first that fits from the board of the highest priority; among equals, from the one that fewest
     workers have room for.
 
-    need: bytes of a GPU's memory that a job is thought to need: a guess, so the worker with most memory may try each.
+    need: bytes of a GPU's memory that a job is thought to need: a guess, so the worker with most memory may try each,
+    once all are there (`complete`).
     """
 
     def __init__(self, jobs: Sequence[Job], workers: int, need: Callable[[Job], int] | None = None) -> None:
+        self.complete = True  # no worker is still to come that may have more memory
         self.slowness: dict[str, float] = {}  # of workers that are slower or faster than the usual 1.0
         self._need = need or (lambda job: 0)
         self._needs = {self._need(job) for job in jobs}
@@ -56,7 +58,7 @@ class Boards:
         """Memory did not suffice for this job on this worker. True if others have more: they get all of its kind from
         now on, and the job is not to blame."""
         room = self._room.get(worker)
-        if room is None or not any(other is None or other > room for other in self._room.values()):
+        if room is None or (self.complete and self._is_largest(room)):
             return False
         guessed = self._need(job)
         self._raised[guessed] = max(self._raised.get(guessed, 0), room + 1)
@@ -102,7 +104,10 @@ class Boards:
 
     def _fits(self, need: int, worker: str) -> bool:
         room, need = self._room.get(worker), self._raised.get(need, need)
-        return room is None or need <= room or all(other is not None and other <= room for other in self._room.values())
+        return room is None or need <= room or (self.complete and self._is_largest(room))
+
+    def _is_largest(self, room: int) -> bool:
+        return all(other is not None and other <= room for other in self._room.values())
 
     def _key(self, job: Job) -> tuple[int, int]:
         need = self._need(job)

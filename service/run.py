@@ -26,6 +26,7 @@ from service.trainings import Trainings
 
 POLL_S = 0.5
 OUTLOOK_S = 5.0  # between two estimates of the end
+GATHERING_S = 900.0  # in which workers may still come that have more memory than those that are there
 COPY_LOOK_S = 2.0  # between two looks for jobs that an idle worker shall do as well
 SICK_AFTER = 5  # jobs that fail one after another on a worker, before it rests
 SICK_S = (30.0, 600.0)  # for how long, at first and at most
@@ -116,6 +117,7 @@ class _Loop:
         self.random = random.Random(0)  # jitter only
         self.last_loss: ServiceError | None = None
         self.copied: set[str] = set()  # jobs that two workers were given
+        self.started = clock()
         self.next_look = self.next_outlook = self.next_copies = 0.0
 
     def tell(self, event: Event) -> None:
@@ -139,7 +141,8 @@ class _Loop:
     def _wake(self) -> None:
         """Workers that had nothing to do look again, now and then, for jobs whose time has come."""
         now = self.clock()
-        if self.resting and (self.retries or self.sick) and now >= self.next_look:
+        self.board.complete = len(self.hands) >= self.pool.size or now - self.started > GATHERING_S
+        if self.resting and (self.retries or self.sick or self.board.left) and now >= self.next_look:
             self.next_look = now + POLL_S
             self.free |= self.resting
             self.resting.clear()

@@ -103,14 +103,14 @@ class SwiftNode:
 
     def start_proxy(self) -> None:
         self._start("proxy-server", self.directory / "etc" / "proxy-server.conf")
+        self.proxy = self.processes[-1]
         self._wait_until_open(self.port)
 
     def stop_proxy(self) -> None:
         """Nothing answers at the endpoint until `start_proxy`; what is stored stays."""
-        proxy = next(one for one in self.processes if str(one.args[0]).endswith("proxy-server"))
-        self.processes.remove(proxy)
-        proxy.kill()  # told to end, it would first serve the connections that it has
-        proxy.wait()
+        self.processes.remove(self.proxy)
+        self.proxy.kill()  # told to end, it would first serve the connections that it has
+        self.proxy.wait()
 
     def start_tls(self) -> tuple[str, Path]:
         """(https endpoint, certificate to trust): a second proxy over the same objects."""

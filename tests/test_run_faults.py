@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ class Run:
         self.pool, self.catalog, self.seen = SimulatedPool(workers, world), Catalog(path), list[events.Event]()
         self.jobs, self.limits, self.metrics = jobs, limits, Metrics("test", self.pool.clock)
 
+    need: Callable[[Job], int] | None = None
+
     def drive(self) -> Progress:
         self.progress = run(
             self.jobs,
@@ -34,6 +37,7 @@ class Run:
             self.catalog,
             run_id="test",
             limits=self.limits,
+            need=self.need,
             observers=[self.seen.append, self.metrics.observe],
             clock=self.pool.clock,
         )
@@ -166,6 +170,39 @@ def test_out_of_memory_is_tried_elsewhere_and_then_given_up(tmp_path: Path) -> N
     tried = [event.worker for event in made.failed(counts=True)]
     assert len(tried) == 3
     assert tried[0] != tried[1] != tried[2]
+
+
+SMALL_AND_LARGE = World(
+    rooms={"worker-0": 16 * 2**30, "worker-1": 16 * 2**30, "worker-2": 80 * 2**30}, needs={"ziplora": 20 * 2**30}
+)
+
+
+@pytest.mark.parametrize("guess", [0, 30 * 2**30], ids=["too low", "high enough"])
+def test_what_does_not_fit_small_gpus_goes_to_large_ones_and_costs_no_attempt(tmp_path: Path, guess: int) -> None:
+    """Two methods, of which one needs more memory than two of three workers have."""
+    large = grid(6, 6)
+    jobs = [*large, *(dataclasses.replace(job, method="direct") for job in large)]
+    made = Run(tmp_path, SMALL_AND_LARGE, jobs)
+    made.need = lambda job: guess if job.method == "ziplora" else 0
+    progress = made.drive()
+    assert len(progress.committed) == 72
+    assert set(progress.attempts.values()) == {1}
+    assert not made.failed(counts=True)
+    by_method = {(event.job.method, event.worker) for event in made.seen if isinstance(event, events.JobCommitted)}
+    assert {worker for method, worker in by_method if method == "ziplora"} == {"worker-2"}
+    assert len({worker for method, worker in by_method if method == "direct"}) > 1
+    returned = made.failed(counts=False)
+    assert not returned if guess else 0 < len(returned) < 36  # those that they had in hand when they found out
+
+
+def test_what_fits_nobody_is_tried_on_the_largest_and_given_up(tmp_path: Path) -> None:
+    world = dataclasses.replace(SMALL_AND_LARGE, needs={"ziplora": 200 * 2**30})
+    made = Run(tmp_path, world, grid(2, 2))
+    made.need = lambda job: 100 * 2**30
+    progress = made.drive()
+    assert len(progress.given_up) == 4
+    assert {event.worker for event in made.failed(counts=True)} == {"worker-2"}
+    assert {failure.kind for failure in made.catalog.failures()} == {"OutOfMemory"}
 
 
 def test_when_most_fail_for_one_reason_the_run_stops_and_says_so(tmp_path: Path) -> None:

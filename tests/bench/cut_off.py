@@ -18,13 +18,14 @@ from pathlib import Path
 import psutil
 
 from service import events
-from tests.bench.stage import Scene, check, driver, failures, found_by, log_of, scene_in
+from tests.bench.stage import AGENT_PORTS, PATIENCE_S, Scene, check, driver, failures, found_by, log_of, scene_in
 from tests.commands import wait_until
+from tests.ray_head import TOKEN
 from tests.swift_node import end_with_parent
 
 TAG = f"z{os.getpid() % 100_000}"  # names of links have at most 15 characters
 BRIDGE, NET, PORT = f"{TAG}br", "10.214.77", 6399
-NODES = 4  # the first is the head, with the driver and no worker
+NODES = 3  # the first is the head, with the driver and no worker
 
 
 def ip(*words: object) -> str:
@@ -94,15 +95,36 @@ def temporary(scene: Scene) -> Path:
     return Path(tempfile.gettempdir()) / f"{TAG}{scene.root.name[-4:]}"
 
 
+PORTS = [f"--{name}={PORT + 1 + n}" for n, name in enumerate(AGENT_PORTS)]
+
+
 def start_ray(scene: Scene, i: int) -> None:
-    common = [f"--node-ip-address={NET}.{i + 1}", "--block", "--disable-usage-stats", "--object-store-memory=83886080"]
-    head = ["--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={temporary(scene)}"]
+    common = [
+        f"--node-ip-address={NET}.{i + 1}",
+        "--block",
+        "--disable-usage-stats",
+        "--include-log-monitor=false",
+        "--object-store-memory=83886080",
+    ]
+    head = [
+        "--head",
+        f"--port={PORT}",
+        "--num-cpus=0",
+        "--include-dashboard=false",
+        "--no-monitor",
+        f"--temp-dir={temporary(scene)}",
+    ]
     own = [f"--address={scene.address}", "--num-cpus=1"] if i else head
-    command = [*inside(scene, i), str(Path(sys.executable).parent / "ray"), "start", *own, *common]
+    command = [*inside(scene, i), str(Path(sys.executable).parent / "ray"), "start", *own, *common, *PORTS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (scene.root / f"node{i}.log").open("w") as log:
-        subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=end_with_parent)
-    wait_until(lambda: "Ray runtime started" in log_of(scene, f"node{i}"), 90)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=end_with_parent)
+    wait_until(lambda: process.poll() is not None or runs(scene, i), PATIENCE_S)
+    assert runs(scene, i), log_of(scene, f"node{i}")[-3000:]
+
+
+def runs(scene: Scene, i: int) -> bool:
+    return "Ray runtime started" in log_of(scene, f"node{i}")
 
 
 @contextmanager
@@ -112,6 +134,8 @@ def machines(name: str) -> Iterator[Scene]:
         scene = scene_in(Path(directory))
         scene.address, scene.actors = f"{NET}.1:{PORT}", lambda: actors_in(*range(NODES))
         temporary(scene).mkdir()
+        (scene.root / "token").write_text(TOKEN)
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(scene.root / "token"))
         try:
             for i in range(NODES):
                 start_ray(scene, i)
@@ -148,17 +172,19 @@ def _cut(scene: Scene, to_heal: Callable[[float], bool] | None = None) -> dict[s
     process = driver(scene, "driver", NODES - 1, inside(scene, 0))
     last, healed = NODES - 1, None
     try:
-        wait_until(lambda: process.poll() is not None or len(scene.catalog.committed()) > 0.3 * len(scene.jobs))
+        wait_until(
+            lambda: process.poll() is not None or len(scene.catalog.committed()) > 0.3 * len(scene.jobs), PATIENCE_S
+        )
         assert process.poll() is None, log_of(scene, "driver")[-3000:]
         at = len(scene.catalog.committed())
         ip("link", "set", link(last), "down")
         cut = time.monotonic()
         if to_heal is not None:
-            wait_until(lambda: process.poll() is not None or to_heal(time.monotonic() - cut))
+            wait_until(lambda: process.poll() is not None or to_heal(time.monotonic() - cut), PATIENCE_S)
             assert process.poll() is None, "the run ended before the cut was healed"
             ip("link", "set", link(last), "up")
             healed = time.monotonic() - cut
-        assert process.wait(300) == 0, log_of(scene, "driver")[-3000:]
+        assert process.wait(PATIENCE_S) == 0, log_of(scene, "driver")[-3000:]
     finally:
         process.kill()
         process.wait()

@@ -49,6 +49,8 @@ class World:
     fails: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # pair, or "*", → kind and reason
     broken: frozenset[str] = frozenset()  # LoRAs
     sick: frozenset[str] = frozenset()  # workers on which every job fails at once
+    rooms: Mapping[str, int] = field(default_factory=dict)  # worker → bytes of its GPU's memory
+    needs: Mapping[str, int] = field(default_factory=dict)  # method → bytes that a job truly needs
 
 
 @dataclass(slots=True)
@@ -149,7 +151,7 @@ class SimulatedPool:
                 ):
                     if rate:
                         self._at(self.now + self.random.expovariate(rate / 3600), worker, fate)
-                yield Ready(worker, "simulated", self.world.load_s)
+                yield Ready(worker, "simulated", self.world.load_s, n_bytes=self.world.rooms.get(worker))
             case "speaks":
                 yield from self._speaks(worker, one)
             case "is preempted" if not one.leaving and self.random.random() < self.world.drained_share:
@@ -247,6 +249,8 @@ class SimulatedPool:
             if lora in self.world.broken:
                 return JobResult(job.job_id, "failed", "BadInput", f"{lora} is no LoRA", broken_lora=lora)
         fails = self.world.fails.get(job.pair) or self.world.fails.get("*")
+        if self.world.needs.get(job.method, 0) > self.world.rooms.get(worker, 2**60):
+            fails = "OutOfMemory", "the GPU's memory does not suffice"
         if worker in self.world.sick:
             fails = "AccessDenied", "the clocks of this machine and the server differ"
         return JobResult(job.job_id, "failed", *fails) if fails else None

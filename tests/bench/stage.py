@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import boto3
 import ray
@@ -30,12 +30,20 @@ from service.ray_pool import RayPool
 from service.run import Progress, run
 from tests.bench.scripted_worker import Script
 from tests.commands import wait_until
-from tests.swift_node import SwiftNode, swift_node
+from tests.swift_node import SwiftNode, reserve_ports, swift_node
 from tests.test_ray_pool import actors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LORAS = ROOT / "ziplora/pocket/weights/loras"
-LIMITS = Limits(attempts=3, deadline_s=60.0)
+LIMITS = Limits(attempts=3, deadline_s=60.0, copies=0)  # a copy would do what a scripted fault shall fail at
+# given, so that Ray does not wait for its agents to choose some: on a busy machine it gives up after some seconds
+AGENT_PORTS = (
+    "dashboard-agent-grpc-port",
+    "dashboard-agent-listen-port",
+    "metrics-export-port",
+    "runtime-env-agent-port",
+)
+PATIENCE_S = 900.0  # with a machine that is busy with other things
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 
@@ -57,6 +65,7 @@ class Scene:
     limits: Limits = LIMITS
     at: list[tuple[float, Callable[[], None]]] = field(default_factory=list)  # share committed → what happens then
     actors: Callable[[], list[int]] = actors  # processes of workers that live
+    locks: list[TextIO] = field(default_factory=list)  # of ports
 
     @property
     def catalog(self) -> Catalog:
@@ -90,7 +99,14 @@ class Scene:
 
     def add_node(self) -> None:
         assert self.cluster is not None
-        self.nodes.append(self.cluster.add_node(**NODE))
+        self.nodes.append(self.cluster.add_node(**NODE, **self.ports()))
+
+    def ports(self) -> dict[str, int]:
+        """For the agents of one more node, see AGENT_PORTS."""
+        first, lock = reserve_ports(len(AGENT_PORTS))
+        self.locks.append(lock)
+        names = ("metrics_agent_port", "dashboard_agent_listen_port", "metrics_export_port", "runtime_env_agent_port")
+        return {name: first + n for n, name in enumerate(names)}
 
     def of(self, kind: type) -> list[Any]:
         return [event for event in self.seen if isinstance(event, kind)]
@@ -100,7 +116,7 @@ class Scene:
 
     def committed(self, share: float) -> None:
         """Wait until so much of the grid is committed."""
-        wait_until(lambda: self.n_committed() >= share * len(self.jobs))
+        wait_until(lambda: self.n_committed() >= share * len(self.jobs), PATIENCE_S)
 
     def busy_worker(self) -> str:
         assert self.pool is not None
@@ -131,7 +147,7 @@ def check(scene: Scene, given_up: frozenset[str] = frozenset(), before: frozense
         for job_id in ids - before:
             expected = failed[job_id] + (job_id not in given_up)
             assert scene.progress.attempts[job_id] == expected, (scene.progress.attempts[job_id], expected)
-    wait_until(lambda: not scene.actors(), 240)
+    wait_until(lambda: not scene.actors(), PATIENCE_S)
     left = [path for path in scene.root.rglob("*.part") if path.is_file()]
     assert not left, left
     assert not list(catalog.store.unfinished())
@@ -196,7 +212,7 @@ def stage(name: str, with_store: bool = False) -> Iterator[Scene]:
             os.environ.update(scene.store.environment)  # before Ray starts, whose workers have it from there
             boto3.client("s3").create_bucket(Bucket="faults")
             scene.settings = replace(scene.settings, catalog="s3://faults/catalog")
-        scene.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0})
+        scene.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, **scene.ports()})
         scene.address = scene.cluster.address
         try:
             for _ in range(3):
