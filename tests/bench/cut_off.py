@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from service import events
-from tests.bench.stage import AGENT_PORTS, PATIENCE_S, Scene, check, driver, failures, found_by, log_of, scene_in
+from tests.bench.stage import PATIENCE_S, Scene, check, driver, failures, found_by, log_of, scene_in
 from tests.commands import wait_until
 from tests.ray_head import TOKEN
 from tests.swift_node import end_with_parent
@@ -95,9 +95,6 @@ def temporary(scene: Scene) -> Path:
     return Path(tempfile.gettempdir()) / f"{TAG}{scene.root.name[-4:]}"
 
 
-PORTS = [f"--{name}={PORT + 1 + n}" for n, name in enumerate(AGENT_PORTS)]
-
-
 def start_ray(scene: Scene, i: int) -> None:
     common = [
         f"--node-ip-address={NET}.{i + 1}",
@@ -115,7 +112,7 @@ def start_ray(scene: Scene, i: int) -> None:
         f"--temp-dir={temporary(scene)}",
     ]
     own = [f"--address={scene.address}", "--num-cpus=1"] if i else head
-    command = [*inside(scene, i), str(Path(sys.executable).parent / "ray"), "start", *own, *common, *PORTS]
+    command = [*inside(scene, i), str(Path(sys.executable).parent / "ray"), "start", *own, *common]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (scene.root / f"node{i}.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=end_with_parent)

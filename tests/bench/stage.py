@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import boto3
 import ray
@@ -30,19 +30,12 @@ from service.ray_pool import RayPool
 from service.run import Progress, run
 from tests.bench.scripted_worker import Script
 from tests.commands import wait_until
-from tests.swift_node import SwiftNode, reserve_ports, swift_node
+from tests.swift_node import SwiftNode, swift_node
 from tests.test_ray_pool import actors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LORAS = ROOT / "ziplora/pocket/weights/loras"
 LIMITS = Limits(attempts=3, deadline_s=60.0, copies=0)  # a copy would do what a scripted fault shall fail at
-# given, so that Ray does not wait for its agents to choose some: on a busy machine it gives up after some seconds
-AGENT_PORTS = (
-    "dashboard-agent-grpc-port",
-    "dashboard-agent-listen-port",
-    "metrics-export-port",
-    "runtime-env-agent-port",
-)
 PATIENCE_S = 900.0  # with a machine that is busy with other things
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
@@ -65,7 +58,6 @@ class Scene:
     limits: Limits = LIMITS
     at: list[tuple[float, Callable[[], None]]] = field(default_factory=list)  # share committed → what happens then
     actors: Callable[[], list[int]] = actors  # processes of workers that live
-    locks: list[TextIO] = field(default_factory=list)  # of ports
 
     @property
     def catalog(self) -> Catalog:
@@ -99,14 +91,7 @@ class Scene:
 
     def add_node(self) -> None:
         assert self.cluster is not None
-        self.nodes.append(self.cluster.add_node(**NODE, **self.ports()))
-
-    def ports(self) -> dict[str, int]:
-        """For the agents of one more node, see AGENT_PORTS."""
-        first, lock = reserve_ports(len(AGENT_PORTS))
-        self.locks.append(lock)
-        names = ("metrics_agent_port", "dashboard_agent_listen_port", "metrics_export_port", "runtime_env_agent_port")
-        return {name: first + n for n, name in enumerate(names)}
+        self.nodes.append(self.cluster.add_node(**NODE))
 
     def of(self, kind: type) -> list[Any]:
         return [event for event in self.seen if isinstance(event, kind)]
@@ -212,7 +197,7 @@ def stage(name: str, with_store: bool = False) -> Iterator[Scene]:
             os.environ.update(scene.store.environment)  # before Ray starts, whose workers have it from there
             boto3.client("s3").create_bucket(Bucket="faults")
             scene.settings = replace(scene.settings, catalog="s3://faults/catalog")
-        scene.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, **scene.ports()})
+        scene.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0})
         scene.address = scene.cluster.address
         try:
             for _ in range(3):
