@@ -14,7 +14,7 @@ import traceback
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.table import Table
@@ -46,6 +46,9 @@ from service.errors import NotFound, ServiceError, StorageError
 from service.plan_text import time_text
 from service.ray_token import join_with_token, start_with_token
 from ziplora.errors import LoRAError
+
+if TYPE_CHECKING:
+    from service.pool import Pool
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -383,7 +386,7 @@ def execute(
     return 1 if summary.given_up else 0
 
 
-def make_pool(settings: Any, inline: bool, workers: int | None, address: str | None, jobs: int) -> Any:
+def make_pool(settings: Any, inline: bool, workers: int | None, address: str | None, jobs: int) -> "Pool":
     from service.pool import InlinePool
 
     if inline:

@@ -206,6 +206,9 @@ class RayPool:
             self._remove(worker)
         return surplus
 
+    def grow(self, size: int) -> None:
+        """Nothing to start: all workers are asked for at once, and Ray gives them places as nodes join."""
+
     def replace(self, worker: str) -> None:
         self._remove(worker)
         self._add(worker)  # waits for room on another node
