@@ -138,6 +138,7 @@
   }
 
   function sheet() {
+    const inside = byId('sheet').contains(document.activeElement); // what is drawn anew would lose it
     const pairs = chosen();
     const shown = pairs.slice(0, state.shown);
     byId('shown').textContent = pairs.length === shown.length ? n(pairs.length, 'pair') : `${shown.length} of ${n(pairs.length, 'pair')}`;
@@ -147,7 +148,8 @@
     byId('sheet').tBodies[0].replaceChildren(...shown.map((pair, i) => el('tr', { role: 'row' },
       el('th', { scope: 'row' }, pair[0], el('small', {}, pair[1])), ...pair[2].map((cell, j) => el('td', { role: 'gridcell' }, picture(pair, cell, i, j))))));
     active = { i: Math.min(active.i, Math.max(0, shown.length - 1)), j: active.j };
-    rove();
+    const cell = rove();
+    if (inside && cell) cell.focus();
   }
 
   function picture(pair, cell, i, j) {
