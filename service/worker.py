@@ -305,6 +305,7 @@ class Worker:
                 *one.calibrations,
                 method.combined_prompt(knobs, one.job.subject.trigger, one.job.style.trigger),
                 (_words(one.job.subject), _words(one.job.style)),
+                seed=one.job.seed,
             )
             for one in ready
         ]

@@ -3,6 +3,7 @@
 The right-hand sides are built from ΔW = up·down, never from the factors that the code under test works with.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -114,6 +115,8 @@ def test_dare_depends_on_its_seed_alone_and_no_two_layers_share_a_draw(base: Bas
     assert alike
     assert not any(alike)
     assert not torch.equal(delta(one.subject.layers[paths[0]]), delta(other.style.layers[paths[0]]))
+    (seeded,) = dare(base, [replace(pair, seed=1)], knobs)
+    assert not any(torch.equal(delta(one.subject.layers[path]), delta(seeded.subject.layers[path])) for path in paths)
 
 
 def test_dare_with_elected_signs_is_the_librarys(base: Base, pair: Pair) -> None:

@@ -11,6 +11,7 @@ from service.worker import Worker
 from tests.grid import Grid
 from tests.test_worker import jobs_of, settings
 from ziplora import formats
+from ziplora.lora import delta, digest
 
 QUICK = {"samples": {"prompts": []}}
 
@@ -65,6 +66,23 @@ def test_pairs_side_by_side_are_merged_as_if_alone(grid: Grid) -> None:
             )
             for path, values in alone.subject.items():
                 torch.testing.assert_close(beside.subject[path], values, rtol=0, atol=1e-5)
+
+
+def test_the_merges_seed_decides_what_dare_drops(grid: Grid) -> None:
+    jobs = jobs_of(grid.manifest(subjects=1, styles=1, merge={"method": "dare", "seeds": [0, 1]}, **QUICK))
+    assert [job.seed for job in jobs] == [0, 1]
+    found = []
+    for name, k in (("alone", 1), ("together", 2)):
+        worker = Worker(dataclasses.replace(settings(grid), catalog=str(grid.root / name), side_by_side=k))
+        all_of(worker, jobs)
+        entries = [worker.catalog.entry(job.job_id) for job in jobs]
+        assert [entry.report["merged_beside"] for entry in entries] == [k - 1] * 2
+        found.append(
+            [formats.read_lora(worker.catalog.store.get(e.objects["merged.safetensors"].key)).lora for e in entries]
+        )
+    (one, other), again = found
+    assert [digest(lora) for lora in again] == [digest(one), digest(other)]
+    assert not any(torch.equal(delta(one.layers[path]), delta(other.layers[path])) for path in one.layers)
 
 
 def test_the_one_that_fails_is_found_among_its_neighbours(grid: Grid) -> None:

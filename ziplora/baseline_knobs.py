@@ -46,13 +46,12 @@ class TiesKnobs:
 
 @dataclass(frozen=True, slots=True)
 class DareKnobs:
-    """density: 1 − p, the chance of each element to be kept. combine: `sum`, or `ties`' election of signs. seed: of
-    the draws. rank: as for prune; what chance takes away is no low-rank change, so that a factorisation to the LoRA's
-    own rank restores most of it: a larger rank is nearer to the method, and a larger file."""
+    """density: 1 − p, the chance of each element to be kept; the merge's seed decides which. combine: `sum`, or
+    `ties`' election of signs. rank: as for prune; what chance takes away is no low-rank change, so that a factorisation
+    to the LoRA's own rank restores most of it: a larger rank is nearer to the method, and a larger file."""
 
     density: float = 0.5
     combine: Literal["sum", "ties"] = "sum"
-    seed: int = 0
     rank: int | None = None
 
     def __post_init__(self) -> None:

@@ -41,7 +41,8 @@ class Pictures:
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Both LoRAs, weights folded in, and the calibrations, the combined prompt or the pictures that the method asked
-    for. `words`: the subject's and the style's."""
+    for. `words`: the subject's and the style's. `seed`: of the merge, for a method that draws by itself; those of
+    calibrations and of pictures are in them."""
 
     subject: LoRA
     style: LoRA
@@ -50,6 +51,7 @@ class Pair:
     combined_prompt: str | None = None  # both triggers filled in: see Method.combined_prompt
     words: tuple[Words, Words] | None = None
     pictures: Pictures | None = None  # for a method that trains, whose LoRAs are then empty
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

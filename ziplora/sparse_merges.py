@@ -6,6 +6,7 @@ how much that leaves out. The halves stay apart: their sum is the merge, and the
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,16 +36,16 @@ def ties(base: Base, pairs: Sequence[Pair], knobs: TiesKnobs) -> list[Merged]:
 
 def dare(base: Base, pairs: Sequence[Pair], knobs: DareKnobs) -> list[Merged]:
     """DARE (arXiv 2311.03099v3), per layer: drop each element of ΔW with chance p = 1 − density, rescale
-    the rest by 1/(1 − p), so that the expectation stays; then the sum, or TIES' election of signs."""
+    the rest by 1/(1 − p), so that the expectation stays; then the sum, or TIES' election of signs. `Pair.seed` decides
+    which are dropped."""
 
-    def halves(path: str, deltas: Deltas) -> Deltas:
+    def halves(seed: int, path: str, deltas: Deltas) -> Deltas:
         kept = [
-            dropped(one, knobs.density, derived_seed(knobs.seed, f"{number} {path}"))
-            for number, one in enumerate(deltas)
+            dropped(one, knobs.density, derived_seed(seed, f"{number} {path}")) for number, one in enumerate(deltas)
         ]
         return agreeing(kept, "total") if knobs.combine == "ties" else kept
 
-    return [_merge(base, pair, halves, knobs.rank) for pair in pairs]
+    return [_merge(base, pair, partial(halves, pair.seed), knobs.rank) for pair in pairs]
 
 
 def prune(base: Base, pairs: Sequence[Pair], knobs: PruneKnobs) -> list[Merged]:

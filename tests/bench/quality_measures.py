@@ -190,7 +190,9 @@ class Stand:
                     seconds.append(spent)
             prompt = method.combined_prompt(variant.knobs, cell.subject.trigger, cell.style.trigger)
             words = tuple(Words(concept.prompt, concept.trigger) for concept in (cell.subject, cell.style))
-            pairs.append(Pair(subject, style, *observed, combined_prompt=prompt, words=words))  # type: ignore[arg-type]
+            pairs.append(
+                Pair(subject, style, *observed, combined_prompt=prompt, words=words, seed=cell.seed)  # type: ignore[arg-type]
+            )
         return pairs, sum(seconds) / len(seconds) if seconds else 0.0
 
     def calibration(self, concept: Concept, wanted: CalibrationSettings) -> tuple[Calibration, float]:
