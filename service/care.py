@@ -29,7 +29,7 @@ class Checked:
     """One object of a catalog, sound unless there is a problem."""
 
     key: str
-    job_id: str
+    job_id: str  # of a LoRA that a run trained: its training's
     name: str
     size: int  # bytes, as the entry says
     sha256: str  # as the entry says
@@ -38,20 +38,19 @@ class Checked:
 
 def verify(
     store: Store,
-    entries: Sequence[Entry],
+    promised: Iterable[tuple[str, Object]],
     unreadable: Sequence[Unreadable] = (),
     known: Mapping[str, str] | None = None,
 ) -> Steps[Checked]:
-    """Every object of these entries, read and compared, many at a time. A store that does not answer ends it, all else
-    is a result. Objects of `known` (key → sha256: a `VerifyRecord`'s) that are promised the same are not read again."""
+    """Every object that is promised, (id of job or training, object), read and compared, many at a time. A store that
+    does not answer ends it, all else is a result. Objects of `known` (key → sha256: a `VerifyRecord`'s) that are
+    promised the same are not read again."""
     known = known or {}
-    objects = [
-        (entry, item) for entry in entries for item in entry.objects.values() if known.get(item.key) != item.sha256
-    ]
+    objects = [(job_id, item) for job_id, item in promised if known.get(item.key) != item.sha256]
 
-    def check(work: tuple[Entry, Object]) -> Checked:
-        entry, item = work
-        return Checked(item.key, entry.job_id, item.name, item.size, item.sha256, _problem(store, item))
+    def check(work: tuple[str, Object]) -> Checked:
+        job_id, item = work
+        return Checked(item.key, job_id, item.name, item.size, item.sha256, _problem(store, item))
 
     def start() -> Iterator[Checked]:
         for record in unreadable:
@@ -119,7 +118,8 @@ def _line(text: str) -> dict:
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What may go: the objects of an attempt that no entry names, or an upload that was never finished."""
+    """What may go: the objects of an attempt that no entry names, a trained LoRA that no record names, an abandoned
+    checkpoint, or an upload that was never finished."""
 
     name: str
     objects: tuple[ObjectInfo, ...]
@@ -147,16 +147,17 @@ def find_garbage(
         for name, objects in attempts.items():
             if max(item.modified for item in objects) < limit:
                 found = Garbage(name, tuple(objects), None, "no entry names it")
-                if is_garbage(found, job_id, entry):
+                if is_garbage(found, entry):
                     yield found
     for upload in store.unfinished():
         if upload.started < limit:
             yield Garbage(upload.key, (), upload, f"begun {upload.started:%Y-%m-%d %H:%M} and never finished")
 
 
-def is_garbage(garbage: Garbage, job_id: str, entry: Callable[[str], Entry | None]) -> bool:
+def is_garbage(garbage: Garbage, entry: Callable[[str], Entry | None]) -> bool:
+    """Whether no entry names any of an attempt's objects."""
     try:
-        found = entry(job_id)
+        found = entry(garbage.name.split("/")[1])
     except StorageError:  # unreadable, or no answer: then nothing is known
         return False
     named = {item.key for item in found.objects.values()} if found else set()
@@ -164,16 +165,15 @@ def is_garbage(garbage: Garbage, job_id: str, entry: Callable[[str], Entry | Non
 
 
 def collect(
-    store: Store, garbage: Iterable[Garbage], entry: Callable[[str], Entry | None]
+    store: Store, garbage: Iterable[Garbage], is_still: Callable[[Garbage], bool]
 ) -> Iterator[tuple[Garbage, bool]]:
-    """Delete it; (what, whether it is gone). Each attempt's entry is looked for once more right before."""
+    """Delete it; (what, whether it is gone). Whether it `is_still` garbage is asked of each right before."""
 
     def remove(item: Garbage) -> tuple[Garbage, bool]:
         if item.unfinished is not None:
             store.discard(item.unfinished)
             return item, True
-        job_id = item.name.split("/")[1]
-        if not is_garbage(item, job_id, entry):
+        if not is_still(item):
             return item, False
         for found in item.objects:
             store.delete(found.key)

@@ -27,9 +27,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from service.care import Checked, Garbage, collect, find_garbage, remove, verify
+from service.care import Checked, Garbage, collect, find_garbage, is_garbage, remove, verify
 from service.choose import BEST, Choice, choose, not_compared
-from service.compare import Copied, Difference, copy, differences
+from service.compare import Copied, Difference, copy, differences, held
 from service.entry import (
     JOB_ID,
     MAX_BYTES,
@@ -48,7 +48,7 @@ from service.errors import AlreadyCommitted, Corrupted, NotFound, StorageError, 
 from service.pull import Pulled, PullOptions, pull
 from service.steps import Steps, parallel
 from service.storage import LocalStore, Store, open_store
-from service.trained import TrainedLoRAs
+from service.trained import TrainedLoRA, TrainedLoRAs
 
 if TYPE_CHECKING:
     from service.client import Selection
@@ -235,9 +235,12 @@ class Catalog:
     def verify(
         self, subject: str = "*", style: str = "*", method: str = "*", known: Mapping[str, str] | None = None
     ) -> Steps[Checked]:
-        """One step per object, held against the sha256 and size in its entry, and per entry that cannot be read."""
-        unreadable: list[Unreadable] = []
-        return verify(self.store, self.select(subject, style, method, unreadable.append), unreadable, known)
+        """One step per object, held against the sha256 and size in its entry, and per entry that cannot be read; LoRAs
+        that runs trained too."""
+        entries, loras, unreadable = self._held(subject, style, method)
+        objects = [(entry.job_id, item) for entry in entries for item in entry.objects.values()]
+        objects += [(lora.training_id, lora.object) for lora in loras]
+        return verify(self.store, objects, unreadable, known)
 
     def garbage(self, older_than_s: float = GARBAGE_S, now: datetime | None = None) -> list[Garbage]:
         """Attempts that no entry names, uploads that were never finished and trainings that nobody went on with, older
@@ -255,21 +258,40 @@ class Catalog:
 
     def collect(self, garbage: Sequence[Garbage]) -> Steps[tuple[Garbage, bool]]:
         """Remove what `garbage` found, one step each; False for what turned out to be in use."""
-        return Steps(len(garbage), lambda: collect(self.store, garbage, self.existing))
+        trained = TrainedLoRAs(self.store)
+
+        def is_still(item: Garbage) -> bool:
+            return is_garbage(item, self.existing) if item.name.startswith("pairs/") else trained.is_garbage(item)
+
+        return Steps(len(garbage), lambda: collect(self.store, garbage, is_still))
 
     def remove(self, entries: Sequence[Entry]) -> Steps[Entry]:
         """Take these entries back with their objects, one step each. The index is as it was: build it again."""
         return remove(self.store, entry_key, entries)
 
     def copy_to(self, dest: "Catalog", subject: str = "*", style: str = "*", method: str = "*") -> Steps[Copied]:
-        """Copy entries with their objects, one step per entry; what `dest` has is kept. See `compare.copy`."""
-        unreadable: list[Unreadable] = []
-        entries = self.select(subject, style, method, unreadable.append)
-        return copy(self.store, dest.store, entries, unreadable, dest.existing, dest.publish)
+        """Copy entries with their objects, and the LoRAs that runs trained for them, one step each; what `dest` has is
+        kept. See `compare.copy`."""
+        entries, loras, unreadable = self._held(subject, style, method)
+        return copy(self.store, dest.store, entries, loras, unreadable, dest.existing, dest.publish)
 
     def differences(self, other: "Catalog") -> list[Difference]:
         """What the two do not both hold with the same content. Corrupted when an entry cannot be read."""
-        return differences(self.entries(_refuse), other.entries(_refuse))
+        return differences(*(map(held, one._everything()) for one in (self, other)))
+
+    def _everything(self) -> Iterator[Entry | TrainedLoRA]:
+        yield from self.entries(_refuse)
+        yield from TrainedLoRAs(self.store).all(_refuse)
+
+    def _held(self, subject: str, style: str, method: str) -> tuple[list[Entry], list[TrainedLoRA], list[Unreadable]]:
+        """What matches and the trained LoRAs that it was made of: all there are, in use or not, where all matches."""
+        unreadable: list[Unreadable] = []
+        entries = self.select(subject, style, method, unreadable.append)
+        loras = list(TrainedLoRAs(self.store).all(unreadable.append))
+        if (subject, style, method) != ("*", "*", "*"):
+            used = {entry.job[role].get("lora") for entry in entries for role in ("subject", "style")}
+            loras = [lora for lora in loras if lora.training_id in used]
+        return entries, loras, unreadable
 
     def choose(
         self,

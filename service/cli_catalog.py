@@ -214,7 +214,7 @@ def the_one(opened: Catalog, catalog: str, job: str) -> Entry:
     help="Write what was found to this file, a line per object, and go on from there if it exists.",
 )
 def verify(catalog: str, subject: str, style: str, method: str, record: Path | None) -> int:
-    """Read every object of CATALOG and compare it with the sha256 in its entry."""
+    """Read every object of CATALOG, trained LoRAs too, and compare it with the sha256 in its entry."""
     from service.care import VerifyRecord
 
     opened = open_catalog(catalog)
@@ -245,7 +245,8 @@ def verify(catalog: str, subject: str, style: str, method: str, record: Path | N
     help="Hours; younger attempts may be at work.",
 )
 def gc(catalog: str, delete: bool, hours: float) -> int:
-    """What CATALOG holds for nothing: attempts that never became an entry, and uploads that were never finished.
+    """What CATALOG holds for nothing: attempts that never became an entry, uploads that were never finished, and
+    checkpoints of trainings that nobody went on with.
 
     Safe while batches run: what is or will be committed is never touched.
     """
@@ -326,7 +327,8 @@ def job_ids_of(manifest: str) -> set[str]:
 @click.argument("second")
 @click.option("--json", "as_json", is_flag=True)
 def diff(first: str, second: str, as_json: bool) -> int:
-    """How two catalogs differ: merges that only one has, other content, other settings. Exit code 1 if they do."""
+    """How two catalogs differ: merges and trained LoRAs that only one has, other content, other settings. Exit code 1
+    if they do."""
     from dataclasses import asdict
 
     found = open_catalog(first).differences(open_catalog(second))
@@ -336,7 +338,7 @@ def diff(first: str, second: str, as_json: bool) -> int:
             click.echo(json.dumps(asdict(item)))
             continue
         ids = " → ".join(job_id[:12] for job_id in item.job_ids)
-        OUT.print(f"{signs[item.kind]} {item.subject}/{item.style} ({item.method}) {ids}: {item.kind}", soft_wrap=True)
+        OUT.print(f"{signs[item.kind]} {item.pair} ({item.method}) {ids}: {item.kind}", soft_wrap=True)
         for detail in item.details:
             OUT.print(f"    {detail}", soft_wrap=True)
     if not as_json:
@@ -351,7 +353,8 @@ def diff(first: str, second: str, as_json: bool) -> int:
 def copy(source: str, dest: str, subject: str, style: str, method: str) -> int:
     """Copy merges from one catalog into another, verified on the way; run again to go on after a cut.
 
-    What DEST has already is kept. Its index is brought up to date at the end.
+    The LoRAs that runs trained for them come along. What DEST has already is kept. Its index is brought up to date at
+    the end.
     """
     target = Catalog(dest)
     target.store.probe()
@@ -359,16 +362,18 @@ def copy(source: str, dest: str, subject: str, style: str, method: str) -> int:
     if not len(steps):
         raise NotFound(nothing_matches(source, subject, style, method))
     counts: dict[str, int] = {}
-    n_bytes = 0
+    n_bytes = failed = 0
     for copied in tracked(steps, "copying"):
-        counts[copied.state] = counts.get(copied.state, 0) + 1
+        what = f"trained LoRAs {copied.state}" if copied.trained else copied.state
+        counts[what] = counts.get(what, 0) + 1
+        failed += copied.state == "failed"
         n_bytes += copied.n_bytes
         if copied.problem:
             complain(f"{copied.pair}: {copied.problem}", "refused")
     target.build_index()
     summary = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
     OUT.print(f"{dest}: {summary} ({size_text(n_bytes)})", soft_wrap=True)
-    return 1 if counts.get("failed") else 0
+    return 1 if failed else 0
 
 
 def nothing_matches(catalog: str, subject: str, style: str, method: str) -> str:

@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 
 from service.cli_options import CATALOG_HELP, open_catalog
-from service.console import OUT, size_text, tracked
+from service.console import OUT, left_out, size_text, tracked
 from service.errors import Corrupted
 from service.pull import write
 from service.steps import Steps
@@ -26,7 +26,7 @@ from service.trained import TrainedLoRA, TrainedLoRAs
 def loras(catalog: str, dest: Path | None, as_json: bool) -> None:
     """List the LoRAs that runs trained in CATALOG, from manifests that give images only; with DEST, copy them there."""
     store = open_catalog(catalog).store
-    found = list(TrainedLoRAs(store).all())
+    found = list(TrainedLoRAs(store).all(left_out))
     if as_json:
         for lora in found:
             click.echo(json.dumps({**asdict(lora), "created": lora.created.isoformat()}))
@@ -47,7 +47,7 @@ def _table(found: Iterable[TrainedLoRA]) -> Table:
     for lora in found:
         settings = lora.training.get("settings", {})
         table.add_row(
-            f"{lora.role}s.{lora.name}",
+            lora.called,
             str(settings.get("prompt")),
             str(len(lora.training.get("images", ()))),
             str(settings.get("rank")),

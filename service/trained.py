@@ -13,15 +13,16 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from service.care import Garbage
-from service.entry import ATTEMPT, JOB_ID, MAX_BYTES, SHA256
+from service.entry import ATTEMPT, JOB_ID, MAX_BYTES, SHA256, Object, Unreadable
 from service.errors import AlreadyCommitted, Corrupted, NotFound, StorageError
+from service.steps import parallel
 from service.storage import Store
 
 PREFIX = "loras/"
@@ -29,6 +30,7 @@ CHECKPOINTS = "checkpoints/"
 NAME = "lora.safetensors"
 RECORD = re.compile(rf"{PREFIX}({JOB_ID.pattern})\.json")
 KEY = re.compile(rf"{PREFIX}({JOB_ID.pattern})/{ATTEMPT.pattern}/{re.escape(NAME)}")
+READS = 16  # records at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,16 @@ class TrainedLoRA:
     report: Mapping[str, Any]
     created: datetime  # aware, UTC
 
+    @property
+    def object(self) -> Object:
+        """Its file, as an entry would name it."""
+        return Object(NAME, self.key, self.sha256, self.size, "application/octet-stream")
+
+    @property
+    def called(self) -> str:
+        """As a manifest names it: subjects.dog."""
+        return f"{self.role}s.{self.name}"
+
 
 class TrainedLoRAs:
     """Safe for threads and for any number of processes."""
@@ -60,10 +72,22 @@ class TrainedLoRAs:
         """NotFound when it is not trained yet, Corrupted when its record cannot be used."""
         return _read(self.store.get_range(_record_key(training_id), 0, MAX_BYTES + 1), training_id)
 
-    def all(self) -> Iterator[TrainedLoRA]:
-        for training_id in sorted(self.ids()):
-            with suppress(NotFound):  # removed since the listing
-                yield self.get(training_id)
+    def all(self, unreadable: Callable[[Unreadable], None]) -> Iterator[TrainedLoRA]:
+        """In the order of their ids; a record that cannot be read is reported instead of yielded."""
+
+        def record(training_id: str) -> TrainedLoRA | Unreadable | None:
+            try:
+                return self.get(training_id)
+            except NotFound:  # removed since the listing
+                return None
+            except Corrupted as error:
+                return Unreadable(_record_key(training_id), str(error))
+
+        for found in parallel(record, sorted(self.ids()), READS):
+            if isinstance(found, Unreadable):
+                unreadable(found)
+            elif found is not None:
+                yield found
 
     def location(self, lora: TrainedLoRA) -> str:
         return f"{self.store.url}/{lora.key}"
@@ -83,14 +107,19 @@ class TrainedLoRAs:
             training_id, name, role, key, hashlib.sha256(content).hexdigest(), len(content), training, report,
             datetime.now(UTC),
         )  # fmt: skip
-        body = _written(made)
+        _written(made)  # TypeError before anything is uploaded
         self.store.put(key, content)
+        return self.publish(made)
+
+    def publish(self, made: TrainedLoRA) -> TrainedLoRA:
+        """Write the record of a LoRA whose file is stored, unless there is one; the one that stands."""
+        body = _written(made)
         with suppress(AlreadyCommitted):
-            self.store.put(_record_key(training_id), body, content_type="application/json", create_only=True)
-        standing = self.get(training_id)
-        if standing.key != key:
+            self.store.put(_record_key(made.training_id), body, content_type="application/json", create_only=True)
+        standing = self.get(made.training_id)
+        if standing.key != made.key:
             with suppress(StorageError):  # what stays is garbage that no record names
-                self.store.delete(key)
+                self.store.delete(made.key)
         return standing
 
     def garbage(self, older_than_s: float, now: datetime) -> Iterator[Garbage]:
@@ -103,6 +132,17 @@ class TrainedLoRAs:
         for found in self.store.list(CHECKPOINTS):
             if found.modified < limit:
                 yield Garbage(found.key, (found,), None, "a checkpoint that nobody went on from")
+
+    def is_garbage(self, garbage: Garbage) -> bool:
+        """Whether what `garbage` found still is: no record names the file, nobody has gone on from the checkpoint."""
+        (item,) = garbage.objects
+        match = KEY.fullmatch(item.key)
+        if match:
+            return not self._is_named(match[1], item.key)
+        try:
+            return self.store.head(item.key).modified == item.modified
+        except StorageError:  # gone, or no answer: then nothing is known
+            return False
 
     def _is_named(self, training_id: str, key: str) -> bool:
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from service.catalog import Catalog
 from service.entry import Entry
+from service.trained import TrainedLoRA, TrainedLoRAs
 
 
 def identity(
@@ -32,6 +33,9 @@ def identity(
     }
 
 
+SUBJECT_LORA, UNUSED_LORA = "1" * 64, "3" * 64  # ids of trainings: of every identity's subject, and of nobody's
+
+
 def id_of(job: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
@@ -51,3 +55,13 @@ def files_of(job: dict[str, Any]) -> dict[str, bytes | Path]:
 
 def fill(catalog: Catalog, *jobs: dict[str, Any]) -> list[Entry]:
     return [catalog.commit(id_of(job), job, files_of(job), {"seconds": 1.5}) for job in jobs]
+
+
+def trained(
+    catalog: Catalog, training_id: str = SUBJECT_LORA, name: str = "dog", role: str = "subject", steps: int = 4
+) -> TrainedLoRA:
+    """A LoRA as a run that trained it would have left it."""
+    content = f"{name} after {steps} steps".encode() * 50
+    return TrainedLoRAs(catalog.store).commit(
+        training_id, name, role, {"settings": {"steps": steps}}, content, {"steps": steps}
+    )

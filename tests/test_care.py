@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from service.catalog import Catalog
 from service.entry import Entry
 from service.errors import AlreadyCommitted, StorageError, Unavailable
 from service.storage import LocalStore
-from tests.catalogs import files_of, fill, id_of, identity
+from service.trained import TrainedLoRAs
+from tests.catalogs import SUBJECT_LORA, UNUSED_LORA, files_of, fill, id_of, identity, trained
 from tests.conftest import Swift
 
 A_DAY = timedelta(days=1)
@@ -55,6 +57,23 @@ class TestVerify:
         key = entry.objects["samples/617.bin"].key
         flip_a_bit(local, key)
         assert [check.key for check in local.verify() if check.problem] == [key]
+
+    def test_a_flipped_bit_of_a_trained_lora_is_found(self, catalog: Catalog) -> None:
+        fill(catalog, identity("dog"))
+        used, unused = trained(catalog), trained(catalog, UNUSED_LORA, "ink", "style")
+        assert {check.key for check in catalog.verify()} > {used.key, unused.key}
+        assert not [check for check in catalog.verify() if check.problem]
+        flip_a_bit(catalog, unused.key)
+        (bad,) = (check for check in catalog.verify() if check.problem)
+        assert (bad.key, bad.job_id) == (unused.key, UNUSED_LORA)
+        assert "sha256" in str(bad.problem)
+        assert {check.key for check in catalog.verify(subject="d*") if check.key.startswith("loras/")} == {used.key}
+        assert not catalog.verify(subject="cat")
+        catalog.store.put(f"loras/{UNUSED_LORA}.json", b"{damaged")
+        catalog.store.delete(used.key)
+        assert {check.key: check.problem and check.problem[:10] for check in catalog.verify() if check.problem} == {
+            f"loras/{UNUSED_LORA}.json": "the record", used.key: "it is miss"
+        }  # fmt: skip
 
     def test_what_was_sound_is_not_read_again(self, local: Catalog, tmp_path: Path) -> None:
         dog, cat = fill(local, identity("dog"), identity("cat"))
@@ -120,6 +139,31 @@ class TestGarbage:
         local.publish(Entry(id_of(job), job, item, {}, "slow", datetime.now(UTC)), datetime.now(UTC))
         assert [gone for _, gone in local.collect(found)] == [False]
         assert [check.problem for check in local.verify()] == [None] * 6
+
+    def test_a_lora_that_is_named_and_a_training_that_goes_on_stay(self, catalog: Catalog) -> None:
+        loras = TrainedLoRAs(catalog.store)
+        standing = trained(catalog)
+        late, lost = (f"loras/{id}/killed/lora.safetensors" for id in (UNUSED_LORA, SUBJECT_LORA))
+        for key in (late, lost):
+            catalog.store.put(key, b"as long as")
+        for job_id in ("4" * 64, "5" * 64):
+            loras.put_checkpoint(job_id, b"half")
+        time.sleep(1.1)  # S3 tells whole seconds
+        found = catalog.garbage(now=datetime.now(UTC) + 2 * A_DAY)
+        assert len(found) == 4
+        loras.publish(replace(standing, training_id=UNUSED_LORA, key=late))  # somebody slow
+        loras.put_checkpoint("5" * 64, b"more")
+        assert {item.name: gone for item, gone in catalog.collect(found)} == {
+            late.rpartition("/")[0]: False,
+            lost.rpartition("/")[0]: True,
+            f"checkpoints/{'4' * 64}.pt": True,
+            f"checkpoints/{'5' * 64}.pt": False,
+        }
+        assert {lora.key for lora in loras.all(print)} == {late, standing.key}
+        assert catalog.store.get(standing.key)
+        assert catalog.store.get(late)
+        assert loras.checkpoint("5" * 64) == b"more"
+        assert loras.checkpoint("4" * 64) is None
 
     def test_nothing_of_a_job_whose_entry_cannot_be_read_is_touched(self, local: Catalog) -> None:
         job = identity()

@@ -16,7 +16,7 @@ from service.cli import cli
 from service.errors import BadInput, NotFound, ServiceError, StorageError
 from service.file_names import stem_of
 from service.storage import open_store
-from tests.catalogs import files_of, fill, id_of, identity
+from tests.catalogs import UNUSED_LORA, files_of, fill, id_of, identity, trained
 from tests.conftest import Swift
 from tests.grid import Grid
 from tests.test_worker import jobs_of
@@ -189,6 +189,19 @@ def test_copy_then_diff(path: Path, tmp_path: Path, run: Run) -> None:
     run("rm", tmp_path / "copy", "--job", id_of(identity("cat", "oil"))[:12], "--delete")
     assert "    seed: 2 → 1" in run("diff", path, tmp_path / "copy")[1].splitlines()
     assert json.loads(run("diff", path, tmp_path / "copy", "--json")[1].splitlines()[0])["kind"] == "made otherwise"
+
+
+def test_a_trained_lora_is_copied_and_compared(path: Path, tmp_path: Path, run: Run) -> None:
+    lora = trained(Catalog(path))
+    said = f"{tmp_path}/copy: 3 copied, 1 trained LoRAs copied (11.4 kB)\n"
+    assert run("copy", path, tmp_path / "copy") == (0, said)
+    assert run("diff", path, tmp_path / "copy") == (0, "the same content\n")
+    (tmp_path / "copy" / lora.key).write_bytes(b"another LoRA")
+    code, said = run("verify", tmp_path / "copy")
+    assert code == 1
+    assert f"{lora.key}: it has 12 bytes, {lora.size} were promised" in said
+    trained(Catalog(path), UNUSED_LORA, "ink", "style")
+    assert run("diff", path, tmp_path / "copy") == (1, "< styles.ink (train) 333333333333: only first\n1 differences\n")
 
 
 def test_export_asks_for_one_merge(path: Path, tmp_path: Path, run: Run) -> None:

@@ -9,7 +9,8 @@ from service.catalog import Catalog
 from service.compare import changed_fields
 from service.errors import Corrupted, Unavailable
 from service.storage import LocalStore
-from tests.catalogs import files_of, fill, id_of, identity
+from service.trained import TrainedLoRAs
+from tests.catalogs import SUBJECT_LORA, UNUSED_LORA, files_of, fill, id_of, identity, trained
 from tests.conftest import Swift
 
 
@@ -37,6 +38,19 @@ def test_every_kind_of_difference_is_named(local: Catalog, tmp_path: Path) -> No
     assert len(other.differences(local)) == 4
 
 
+def test_trained_loras_are_compared_too(local: Catalog, tmp_path: Path) -> None:
+    other = Catalog(tmp_path / "other")
+    trained(local), trained(other)
+    trained(local, "6" * 64, "fox", steps=4), trained(other, "6" * 64, "fox", steps=5)
+    trained(local, "7" * 64, "ink", "style", steps=4), trained(other, "8" * 64, "ink", "style", steps=5)
+    trained(local, UNUSED_LORA, "oil", "style")
+    assert [(item.pair, item.kind, item.details) for item in local.differences(other)] == [
+        ("styles.ink", "made otherwise", ("settings.steps: 4 → 5",)),
+        ("styles.oil", "only first", ()),
+        ("subjects.fox", "objects differ", ("lora.safetensors",)),
+    ]
+
+
 def test_changed_fields_are_named_with_their_place() -> None:
     one = {"knobs": {"steps": 100, "lr": 0.01}, "samples": {"seeds": [0]}, "style": "s" * 64}
     other = {"knobs": {"steps": 200, "lr": 0.01}, "samples": {"seeds": [0, 1]}, "style": "t" * 64, "scorers": {}}
@@ -62,6 +76,32 @@ def test_a_copy_is_the_same_and_goes_on_after_a_cut(swift: Swift, local: Catalog
     back = Catalog(tmp_path / "back")
     assert [copied.state for copied in there.copy_to(back, subject="[df]o*")] == ["copied"] * 2
     assert {entry.subject for entry in back.entries()} == {"dog", "fox"}
+
+
+def test_the_loras_that_runs_trained_come_along(swift: Swift, local: Catalog, tmp_path: Path) -> None:
+    fill(local, identity("dog"))
+    used, unused = trained(local), trained(local, UNUSED_LORA, "ink", "style")
+    TrainedLoRAs(local.store).put_checkpoint("4" * 64, b"half")
+    some = Catalog(f"{swift.url}/some")
+    assert {(copied.pair, copied.state) for copied in local.copy_to(some, subject="dog")} == {
+        ("dog/watercolour", "copied"), ("subjects.dog", "copied")
+    }  # fmt: skip
+    assert {(copied.pair, copied.state, copied.n_bytes) for copied in local.copy_to(some) if copied.trained} == {
+        ("subjects.dog", "kept", 0), ("styles.ink", "copied", unused.size)
+    }  # fmt: skip
+    assert local.differences(some) == []
+    assert TrainedLoRAs(some.store).get(SUBJECT_LORA) == used
+    assert not [check for check in some.verify() if check.problem]
+    assert not list(some.store.list("checkpoints/"))
+
+    other = Catalog(tmp_path / "other")
+    kept = trained(other, steps=9)
+    local.store.put(unused.key, b"x" * unused.size)
+    problems = {copied.pair: str(copied.problem) for copied in local.copy_to(other) if copied.state == "failed"}
+    assert problems.keys() == {"subjects.dog", "styles.ink"}
+    assert "has training 111111111111 (subjects.dog) with other content" in problems["subjects.dog"]
+    assert "is not what its entry says" in problems["styles.ink"]
+    assert list(TrainedLoRAs(other.store).all(print)) == [kept]
 
 
 def test_what_is_not_as_promised_is_not_committed_there(local: Catalog, tmp_path: Path) -> None:

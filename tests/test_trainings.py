@@ -141,7 +141,7 @@ def test_the_first_that_is_published_stands(store: Store, made: Plan) -> None:
     second = loras.commit(dog.job_id, "dog", "subject", {"training": 1}, b"second", {})
     assert second == first == loras.get(dog.job_id)
     assert loras.ids() == {dog.job_id}
-    assert [store.get(lora.key) for lora in loras.all()] == [b"first"]
+    assert [store.get(lora.key) for lora in loras.all(print)] == [b"first"]
     assert len(list(store.list("loras/"))) == 2
     assert loras.checkpoint(dog.job_id) is None
     loras.put_checkpoint(dog.job_id, b"half")
@@ -220,7 +220,7 @@ def test_killed_in_mid_training_a_run_goes_on_from_the_checkpoint(grid: Grid) ->
     assert sorted(entry.subject for entry in catalog.entries()) == ["cat", "dog"]
     assert not list(catalog.failures())
     assert not list(checkpoints.glob("*.pt"))
-    (lora,) = TrainedLoRAs(catalog.store).all()
+    (lora,) = TrainedLoRAs(catalog.store).all(print)
     assert lora.report["steps"] == 60
     assert lora.report["steps_here"] == 60 - int(goes_on[1])
     listed = ziplora("loras", grid.root / "catalog", grid.root / "copies")
@@ -239,5 +239,5 @@ def test_killed_in_mid_training_a_run_goes_on_from_the_checkpoint(grid: Grid) ->
     found = plan(dataclasses.replace(read_manifest(path), output=whole.catalog))
     run(found.left[:1], pool, Catalog(whole.catalog), run_id="test", trainings=found.trainings_left)
     pool.close()
-    (other,) = TrainedLoRAs(Catalog(whole.catalog).store).all()
+    (other,) = TrainedLoRAs(Catalog(whole.catalog).store).all(print)
     assert other.sha256 == lora.sha256
