@@ -8,6 +8,7 @@ Exit codes: 0 all is done; 1 some jobs were given up, or an object is not as pro
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -231,6 +232,13 @@ cli.add_command(report)
 )
 @click.option("--inline", is_flag=True, help="One worker in this process, without Ray; for debugging.")
 @click.option("--workers", type=click.IntRange(min=1), help="Workers; default: one per GPU, or one.")
+@click.option(
+    "--min-workers", type=click.IntRange(min=1), help="With --max-workers: never fewer, even for little work."
+)
+@click.option("--max-workers", type=click.IntRange(min=1), help="As many as the work left is worth, up to this.")
+@click.option("--accelerator-type", metavar="NAME", help="Only on GPUs of this kind, as Ray names it, such as A100.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Only on nodes with this Ray label.")
+@click.option("--gpus-per-worker", type=float, metavar="SHARE", help="Such as 0.5, to let workers share a GPU.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cuda", "cpu"]), show_default=True)
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]), show_default=True)
 @click.option(
@@ -280,13 +288,14 @@ def run(manifest: str, output: str | None, download: bool, given_up_ok: bool, **
 
     Running the same command again goes on where the last run stopped, and takes up again what was given up.
     """
+    crew = crew_of(options)
     planned, read = make_plan(manifest, output, download)
     print_plan(planned)
     planned.check()
     if not planned.left:
         OUT.print(f"nothing to do: all {len(planned.jobs)} jobs are committed in {planned.output}", soft_wrap=True)
         return 0
-    code = execute(read, planned, **options)
+    code = execute(read, planned, crew=crew, **options)
     return 0 if code == 1 and given_up_ok else code
 
 
@@ -296,7 +305,7 @@ def execute(
     *,
     address: str | None,
     inline: bool,
-    workers: int | None,
+    crew: Any,
     device: str,
     dtype: str,
     compile: bool,
@@ -340,7 +349,7 @@ def execute(
     with RunProgress(len(planned.jobs), len(planned.committed)) as progress:
         try:
             trainings = planned.trainings_left
-            pool = make_pool(settings, inline, workers, address, len(planned.left) + len(trainings))
+            pool = make_pool(settings, inline, crew, address, len(planned.left) + len(trainings))
             signal.signal(signal.SIGTERM, _as_interrupt)  # after Ray's start, which sets a handler of its own
             drive(
                 planned.left,
@@ -352,6 +361,7 @@ def execute(
                 prior_s=planned.duration.pairs_s / len(planned.left),
                 trainings=trainings,
                 training_s=planned.duration.train_s / len(trainings) if trainings else None,
+                need=planned.need,
                 observers=[summary.observe, metrics.observe, progress.observe, standing.observe]
                 + ([live.observe] if live else []),
             )
@@ -386,7 +396,27 @@ def execute(
     return 1 if summary.given_up else 0
 
 
-def make_pool(settings: Any, inline: bool, workers: int | None, address: str | None, jobs: int) -> "Pool":
+def crew_of(options: dict[str, Any]) -> Any:
+    """Takes out of the options what says how many workers there shall be, and where."""
+    from service.crew import Crew
+
+    workers, least, most = (options.pop(name) for name in ("workers", "min_workers", "max_workers"))
+    labels, gpus, kind = (options.pop(name) for name in ("labels", "gpus_per_worker", "accelerator_type"))
+
+    if workers and (least or most):
+        raise click.UsageError("--workers is a fixed number: leave out --min-workers and --max-workers, or --workers")
+    if least and not most:
+        raise click.UsageError(f"--min-workers {least} goes with --max-workers: give that, too, or --workers {least}")
+    wrong = next((one for one in labels if not re.fullmatch(r"[^=]+=[^=]+", one)), None)
+    if wrong is not None:
+        raise click.UsageError(f"--label {wrong}: expected KEY=VALUE, such as ray.io/market-type=spot")
+    pairs = dict(one.split("=") for one in labels)
+    crew = Crew(workers or least, workers or most, gpus, kind, pairs)
+    crew.check()
+    return crew
+
+
+def make_pool(settings: Any, inline: bool, crew: Any, address: str | None, jobs: int) -> "Pool":
     from service.pool import InlinePool
 
     if inline:
@@ -394,7 +424,7 @@ def make_pool(settings: Any, inline: bool, workers: int | None, address: str | N
     (join_with_token if address else start_with_token)(os.environ)  # before ray is imported
     from service.ray_pool import RayPool
 
-    return RayPool(settings, workers, address, cpus_per_worker=settings.threads, most=jobs)
+    return RayPool(settings, None, address, cpus_per_worker=settings.threads, most=jobs, crew=crew)
 
 
 def new_run_id(manifest_digest: str) -> str:
@@ -492,7 +522,8 @@ class RunProgress:
     def observe(self, event: events.Event) -> None:
         match event:
             case events.WorkerReady():
-                self.say(f"{event.worker} is ready on {event.device} after {event.load_s:.1f} s")
+                what = f" ({event.model}, {size_text(event.n_bytes)})" if event.n_bytes else ""
+                self.say(f"{event.worker} is ready on {event.device}{what} after {event.load_s:.1f} s")
             case events.WorkerGone():
                 self.running.pop(event.worker, None)
                 self.say(f"{event.reason}{'' if event.returns else '; it does not come back'}")

@@ -103,7 +103,7 @@ def _command(manifest: str, options: list[str]) -> str:
 
 def check_run_options(options: tuple[str, ...]) -> None:
     """Here, not in a log on the cluster."""
-    from service.cli import run
+    from service.cli import crew_of, run
 
     taken = {
         "address": "submit has it",
@@ -114,6 +114,7 @@ def check_run_options(options: tuple[str, ...]) -> None:
     for name, why in taken.items():
         if context.params.get(name):
             raise click.UsageError(f"--{name} cannot be given after the --: {why}")
+    crew_of(dict(context.params))
 
 
 @click.command(epilog=RUN_HELP)

@@ -124,29 +124,29 @@ def sample_bytes(samples: SampleSettings) -> int:
 
 def forward_flop(shapes: Shapes, height: int, width: int) -> float:
     """Floating-point operations of one UNet call on one latent. `shapes`: canonical path → weight shape."""
-    levels, total = _levels(shapes), 0.0
+    levels, total = levels_of(shapes), 0.0
     for path, shape in shapes.items():
         if not path.startswith("unet."):
             continue
-        scale = 2 ** _level(path, levels)
+        scale = 2 ** level_of(path, levels)
         positions = (height // scale) * (width // scale)
         if path.endswith(("attn1.to_q", "attn2.to_q")):
             total += 4.0 * positions * (positions if "attn1" in path else TOKENS) * shape[0]
-        total += 2.0 * prod(shape) * _applied_to(path, positions)
+        total += 2.0 * prod(shape) * applied_to(path, positions)
     return total
 
 
-def _levels(shapes: Shapes) -> int:
+def levels_of(shapes: Shapes) -> int:
     return 1 + max(int(number) for path in shapes for number in re.findall(r"^unet\.down_blocks\.(\d+)\.", path))
 
 
 def moments_flop(shapes: Shapes, height: int, width: int) -> float:
     """Operations of recording x·xᵀ of every distinct input of the merge targets in one UNet call: 2·n·in² for n
     positions, at half of the rate of other operations."""
-    levels = _levels(shapes)
+    levels = levels_of(shapes)
     inputs = {input_of(path): path for path in shapes if is_target(path)}
     return sum(
-        2 * 2.0 * shapes[path][1] ** 2 * _applied_to(path, (height * width) // 4 ** _level(path, levels))
+        2 * 2.0 * shapes[path][1] ** 2 * applied_to(path, (height * width) // 4 ** level_of(path, levels))
         for path in inputs.values()
     )
 
@@ -160,7 +160,7 @@ def solver_flop(shapes: Shapes, solver: str | None) -> float:
     return sum(width**3 / 3 for width in {input_of(p): w for p, w in targets.items()}.values()) if solver else 0.0
 
 
-def _level(path: str, levels: int) -> int:
+def level_of(path: str, levels: int) -> int:
     """How often the latent has been halved where the layer works."""
     down = re.match(r"unet\.down_blocks\.(\d+)\.(downsamplers)?", path)
     if down:
@@ -171,7 +171,7 @@ def _level(path: str, levels: int) -> int:
     return levels - 1 if path.startswith("unet.mid_block.") else 0
 
 
-def _applied_to(path: str, positions: int) -> int:
+def applied_to(path: str, positions: int) -> int:
     if path.endswith(("attn2.to_k", "attn2.to_v")):
         return TOKENS
     return 1 if "time_emb" in path or "add_embedding" in path else positions

@@ -135,10 +135,18 @@ def _size(cluster: dict[str, Any], workers: int | None) -> None:
 def _command(command: Sequence[str], wanted: Wanted) -> list[str]:
     """`ziplora run …` with the wishes; an option given twice counts as given last."""
     located = [wanted.manifest_url or one if one == MOUNTED else one for one in command]
-    if wanted.workers is not None:
-        located[located.index("--workers") + 1] = str(wanted.workers)
+    at = located.index("--workers")
+    if _is_range(wanted):
+        del located[at : at + 2]
+    elif wanted.workers is not None:
+        located[at + 1] = str(wanted.workers)
     output = ["--output", wanted.output] if wanted.output else []
     return [*located, *output, *wanted.run_options]
+
+
+def _is_range(wanted: Wanted) -> bool:
+    """Whether the run's own options give a range of workers, which excludes a fixed number."""
+    return any(one.partition("=")[0] == "--max-workers" for one in wanted.run_options)
 
 
 def _command_of_job(container: dict[str, Any], wanted: Wanted) -> None:
@@ -146,7 +154,7 @@ def _command_of_job(container: dict[str, Any], wanted: Wanted) -> None:
     output = ["--output", wanted.output] if wanted.output else []
     command[2:2] = output  # after `ziplora submit`, before the manifest and its `--`
     if "--" in command:
-        workers = ["--workers", str(wanted.workers)] if wanted.workers is not None else []
+        workers = ["--workers", str(wanted.workers)] if wanted.workers is not None and not _is_range(wanted) else []
         command += [*workers, *wanted.run_options]
     container["command"] = command
     for variable in container["env"]:

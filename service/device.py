@@ -12,15 +12,19 @@ from service.errors import BadInput
 
 
 class Device:
-    """`name` as torch writes it. Raises BadInput when it is a GPU and there is none."""
+    """`name` as torch writes it; `share` of a GPU's memory that may be used. Raises BadInput when it is a GPU and there
+    is none."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, share: float = 1.0) -> None:
+        self.share = share
         self.name = name if name != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         self.is_gpu = self.name.startswith("cuda")
         if self.is_gpu:
             repeatable()
             if not torch.cuda.is_available():
                 raise BadInput(f"device {self.name}: this machine has no GPU that torch can use: take --device cpu")
+            if share < 1:
+                torch.cuda.set_per_process_memory_fraction(share)
 
     @property
     def model(self) -> str:
@@ -28,8 +32,8 @@ class Device:
 
     @property
     def n_bytes(self) -> int | None:
-        """A GPU's memory."""
-        return torch.cuda.mem_get_info()[1] if self.is_gpu else None
+        """A GPU's memory, as far as it may be used."""
+        return int(self.share * torch.cuda.mem_get_info()[1]) if self.is_gpu else None
 
     def memory(self) -> tuple[int, int]:
         """Bytes of a GPU's memory that are there for the taking, and those that are taken; peaks count from here."""
@@ -37,7 +41,8 @@ class Device:
             return 0, 0
         torch.cuda.reset_peak_memory_stats()
         taken = torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - taken, taken
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - taken
+        return min(free, (self.n_bytes or 0) - taken), taken
 
     def peak_bytes(self) -> int:
         """Peak GPU memory since `memory` was asked; on the CPU the process' peak so far."""

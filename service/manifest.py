@@ -65,6 +65,7 @@ class LoRASpec:
     images: tuple[str, ...]
     weight: float
     training: Mapping[str, Any]
+    priority: int = 0
 
     @property
     def field(self) -> FieldPath:
@@ -280,7 +281,8 @@ class _Reading:
             if checked:
                 kind: Role = "subject" if role == "subjects" else "style"
                 training = self._training() | checked.training.model_dump(exclude_unset=True)
-                yield LoRASpec(id, kind, lora, checked.prompt, checked.trigger, images, checked.weight, training)
+                texts = checked.prompt, checked.trigger
+                yield LoRASpec(id, kind, lora, *texts, images, checked.weight, training, checked.priority)
 
     def _training(self) -> dict[str, Any]:
         """The manifest's own settings, the paper's where it has none."""

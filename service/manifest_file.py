@@ -134,6 +134,12 @@ class LoRASection(Strict):
     training: TrainingSection = Field(
         TrainingSection(), description="what differs from the manifest's training, where its LoRA is trained"
     )
+    priority: int = Field(
+        0,
+        ge=-1000,
+        le=1000,
+        description="pairs with a higher sum of both priorities are done first; no part of the result",
+    )
 
 
 class SamplesSection(Strict):

@@ -26,6 +26,7 @@ class WorkerSettings:
     cache_bytes: int = 50 * 2**30
     memory_cache_bytes: int = 0  # of LoRAs; 0: a share of this machine's memory
     workers_per_node: int = 1  # that share it
+    gpu_share: float = 1.0  # of the GPU's memory; the rest is other workers'
     side_by_side: int = 0
     overlap: bool = True  # fetch ahead and upload behind the merges; False: one thing after another
     checkpoint_s: float = 60.0  # between two checkpoints of a training

@@ -31,6 +31,7 @@ from service.jobs import (
 )
 from service.lora_checks import CheckedLoRA, check_loras, trained_modules, trigger_of
 from service.manifest import LoRASpec, Manifest
+from service.memory import memory_of
 from service.scorer_files import read_scorer
 from service.steps import Steps
 from service.storage import open_store
@@ -72,6 +73,13 @@ class Plan:
     @property
     def left(self) -> tuple[Job, ...]:
         return tuple(job for job in self.jobs if job.job_id not in self.committed)
+
+    @property
+    def need(self) -> Callable[[Job], int] | None:
+        """Bytes of a GPU's memory that a job is thought to need."""
+        if self.base is None:
+            return None
+        return memory_of(self.base.shapes, self.base.default_size, self.base.size_step)
 
     def check(self) -> None:
         """ManifestError with every problem, one line each, if there is any."""
@@ -310,6 +318,7 @@ def _jobs(
     scorers: Scorers,
 ) -> Iterator[Job]:
     """Method by method and seed by seed, the grid in its order; pairs with a LoRA that cannot be used are left out."""
+    priorities = {(lora.role, lora.id): lora.priority for lora in (*manifest.subjects, *manifest.styles)}
     for merge in manifest.merges:
         own = samples if merge.method == BEST else sampled_by(merge.method, samples)
         for seed in merge.seeds:
@@ -317,7 +326,8 @@ def _jobs(
                 subject, style = concepts.get(("subject", subject_id)), concepts.get(("style", style_id))
                 if subject and style:
                     both = subject.of(merge.method), style.of(merge.method)
-                    yield Job(base, *both, merge.method, merge.knobs, seed, own, manifest.outputs, scorers)
+                    priority = priorities["subject", subject_id] + priorities["style", style_id]
+                    yield Job(base, *both, merge.method, merge.knobs, seed, own, manifest.outputs, scorers, priority)
 
 
 def _sample_defaults(manifest: Manifest, samples: SampleSettings) -> Iterator[str]:

@@ -43,6 +43,9 @@ def summary_lines(plan: Plan) -> Iterator[str]:
             f"merging {time_text(plan.duration.merge_s)}, sampling {time_text(plan.duration.sample_s)}"
         )
         yield f"          {plan.duration.basis}"
+        if plan.need:
+            n_bytes = max(plan.need(job) for job in plan.left)
+            yield f"needs     about {_size(n_bytes)} of a GPU's memory for one pair, more for several side by side"
     elif plan.jobs and not plan.problems:
         yield "nothing to do: every job of this manifest is committed"
     yield from _section("carried through at weight 1, outside the layers that are merged:", _carried_lines(plan.loras))

@@ -6,6 +6,7 @@ actors, and a task that Ray retries by itself would not look for the entry first
 (`max_restarts=-1`); what they were doing is the control loop's to decide.
 """
 
+import itertools
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ import ray.util.client
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from service.crew import Crew
 from service.errors import BadInput, DeadlineExceeded, OutOfMemory, ServiceError, WorkerLost
 from service.jobs import Job, from_json, to_json
 from service.messages import JobResult, Message, Tile, TileDone, WorkerSettings
@@ -74,13 +76,14 @@ class _Actor:
         self.settings, self.make = settings, make
         self.worker: Any = None
 
-    def load(self) -> tuple[str, float, Process]:
+    def load(self) -> tuple[str, float, str, int | None, Process]:
         if self.make is None:
             from service.worker import Worker
 
             self.make = Worker
         self.worker = self.make(self.settings)
-        return self.worker.device.name, self.worker.load_s, this_process()
+        device = self.worker.device
+        return device.name, self.worker.load_s, device.model, device.n_bytes, this_process()
 
     def work(self, jobs: list[str], ahead: list[str]) -> Iterator[list[Message]]:
         """What the worker says, as it says it; small messages together with the next one."""
@@ -124,8 +127,12 @@ class _Absence:
 
 
 class RayPool:
-    """`size` actors on `address` (None: a Ray started here and ended by `close`), each with one GPU if the cluster
-    has any. `make` builds what works in each of them."""
+    """Actors on `address` (None: a Ray started here and ended by `close`), each with one GPU if the cluster has any:
+    `size` of them, at most as many as there are jobs (`most`), or what `crew` says. `make` builds what works in each.
+
+    A crew that may grow tells the cluster's autoscaler what it has and wants. That request outlives us, so `close`
+    takes it back; after a SIGKILL the next run of the kind replaces it.
+    """
 
     def __init__(
         self,
@@ -135,28 +142,40 @@ class RayPool:
         cpus_per_worker: int = 1,
         most: int | None = None,
         make: Make | None = None,
+        crew: Crew | None = None,
     ) -> None:
-        self._own = connect(address, cpus=max(os.cpu_count() or 1, (size or 1) * cpus_per_worker))
+        self._crew = crew = crew or Crew(least=size, most=size)
+        crew.check()
+        self._own = connect(address, cpus=max(os.cpu_count() or 1, (crew.most or 1) * cpus_per_worker))
         self._streams = not ray.util.client.ray.is_connected()
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        if settings.device == "cpu":
-            gpus = 0
-        size = min(size or gpus or 1, most or 2**31)
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        nodes = [node["Resources"] for node in alive]
+        crew.check_nodes(nodes, [node.get("Labels", {}) for node in alive])
         # a head that only coordinates has no CPU: workers' nodes may be yet to come, and come because actors wait
         if not any(node.get("CPU", cpus_per_worker) >= cpus_per_worker for node in nodes):
             raise BadInput(f"no node has {cpus_per_worker} CPUs: take fewer --threads")
-        on_gpu = bool(gpus) or settings.device.startswith("cuda")
-        densest = max(node.get("GPU", 0) if on_gpu else node.get("CPU", 0) // cpus_per_worker for node in nodes)
-        self._settings = replace(settings, workers_per_node=int(min(max(densest, 1), size)))
-        self._make = make
+        share = crew.gpus or 1
+        gpus = 0 if settings.device == "cpu" else sum(int(node.get("GPU", 0) / share) for node in nodes)
+        asked = settings.device == "auto" and bool(crew.gpus or crew.accelerator_type)  # of nodes that are yet to come
+        on_gpu = bool(gpus) or settings.device.startswith("cuda") or asked
+        size = crew.begin_with(gpus, most)
+        per_node = (node.get("GPU", 0) / share if on_gpu else node.get("CPU", 0) // cpus_per_worker for node in nodes)
+        self._settings = replace(
+            settings, workers_per_node=int(min(max(1, *per_node), crew.most or size)), gpu_share=float(share)
+        )
+        self._make, self._jobs = make, most
+        self._needs: dict[str, float] = {"CPU": cpus_per_worker} | ({"GPU": share} if on_gpu else {})
         options = {
             "num_cpus": cpus_per_worker,
-            "num_gpus": 1 if on_gpu else 0,
+            "num_gpus": share if on_gpu else 0,
+            "accelerator_type": crew.accelerator_type,
+            "label_selector": dict(crew.labels) or None,
             "max_restarts": -1,
             "max_task_retries": 0,
         }
         self._actor_class = ray.remote(**options)(_Actor)
+        self._requested = 0  # workers that the autoscaler was told of
+        self._numbers = itertools.count()
         self._actors: dict[str, Any] = {}
         self._calls: dict[str, _Call] = {}
         self._absent: dict[str, _Absence] = {}
@@ -165,8 +184,7 @@ class RayPool:
         self._load_failures: dict[str, int] = {}
         self._next_drain_look = 0.0
         self.processes: dict[str, Process] = {}
-        for number in range(size):
-            self._add(f"worker-{number}")
+        self._start_more(size)
 
     @property
     def size(self) -> int:
@@ -204,10 +222,12 @@ class RayPool:
         surplus = list(dict.fromkeys([*self._absent, *loading, *spare]))[: max(0, len(self._actors) - size)]
         for worker in surplus:
             self._remove(worker)
+        self._request()
         return surplus
 
     def grow(self, size: int) -> None:
-        """Nothing to start: all workers are asked for at once, and Ray gives them places as nodes join."""
+        if self._crew.is_elastic:
+            self._start_more(min(self._crew.aim(size), self._jobs or size) - len(self._actors))
 
     def replace(self, worker: str) -> None:
         self._remove(worker)
@@ -218,8 +238,28 @@ class RayPool:
             ray.wait(self._endings, num_returns=len(self._endings), timeout=ENDING_S)
         for worker in list(self._actors):
             self._remove(worker)
+        self._request()
         if self._own:
             ray.shutdown()
+
+    def _start_more(self, n: int) -> None:
+        for _ in range(n):
+            self._add(f"worker-{next(self._numbers)}")
+        self._request()
+
+    def _request(self) -> None:
+        """Tell the autoscaler how many workers there shall be room for: all of them now, not a few at a time, and none
+        of their nodes is taken for idle while a worker restarts."""
+        n = len(self._actors)
+        if not self._crew.is_elastic or not self._streams or n == self._requested:
+            return
+        from ray.autoscaler.sdk import request_resources  # brings half of Ray's command line with it
+
+        self._requested = n
+        bundle, labels = dict(self._needs), dict(self._crew.labels)
+        if self._crew.accelerator_type:
+            bundle[f"accelerator_type:{self._crew.accelerator_type}"] = 0.001
+        request_resources(bundles=[bundle] * n, bundle_label_selectors=[labels] * n if labels and n else None)
 
     def _add(self, worker: str) -> None:
         self._actors[worker] = self._actor_class.remote(self._settings, self._make)
@@ -264,8 +304,8 @@ class RayPool:
             self._load(worker)
             return []
         self._load_failures[worker] = 0
-        device, load_s, self.processes[worker] = value
-        return [Ready(worker, device, load_s)]
+        *about, self.processes[worker] = value
+        return [Ready(worker, *about)]
 
     def _heard(self, worker: str, call: _Call, said: Sequence[Message]) -> list[Report]:
         call.deadline = time.monotonic() + call.patience_s

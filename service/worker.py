@@ -74,7 +74,7 @@ class Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         torch.set_num_threads(settings.threads)
-        self.device = Device(settings.device)
+        self.device = Device(settings.device, settings.gpu_share)
         started = time.monotonic()
         self.base: Base = self._load_base()
         self.load_s = time.monotonic() - started

@@ -147,6 +147,16 @@ def test_core_kinds_are_checked_strictly(tmp_path: Path) -> None:
 # What is filled in
 
 
+def test_a_range_of_workers_takes_the_place_of_the_fixed_number(tmp_path: Path) -> None:
+    range = ("--min-workers", "2", "--max-workers", "6")
+    made = documents("gpu", tmp_path, workers=6, run_options=range)["RayJob"]
+    assert made["spec"]["entrypoint"] == (
+        "ziplora run /etc/ziplora/manifest.yaml --address auto --device cuda --metrics-port 9400 --given-up-ok"
+        " --min-workers 2 --max-workers 6"
+    )
+    assert at(made, *GROUP, "maxReplicas") == 6
+
+
 def test_names_come_from_the_digest_and_hang_together(tmp_path: Path) -> None:
     made = documents("gpu", tmp_path, workers=3, image="registry/ziplora:1", run_options=("--attempts", "5"))
     job, config, budget = made["RayJob"], made["ConfigMap"], made["PodDisruptionBudget"]

@@ -251,7 +251,7 @@ def test_missing_file_directory_unreadable(tmp_path):
 
 # What is wrong with its fields
 
-FIELDS = "lora, prompt, trigger, images, weight, training"
+FIELDS = "lora, prompt, trigger, images, weight, training, priority"
 TRAINING = ", ".join(TrainingSection.model_fields)
 LOCATION = "expected s3://bucket/key"
 CASES = [

@@ -95,6 +95,17 @@ def test_jobs_are_methods_by_seeds_by_pairs(place):
     found.check()
 
 
+def test_priorities_of_both_add_up_and_are_no_part_of_the_identity(place):
+    before = {job.job_id for job in planned(place).jobs}
+    manifest = MANIFEST.replace("weight: 0.5", "weight: 0.5, priority: 3").replace(
+        "ink drawing", "ink drawing, priority: 1"
+    )
+    made = planned(place, manifest)
+    assert {(job.subject.id, job.priority) for job in made.jobs} == {("dog", 1), ("cat", 4)}
+    assert {job.job_id for job in made.jobs} == before
+    assert from_json(to_json(made.jobs[0])) == made.jobs[0]
+
+
 def test_a_job_holds_what_the_manifest_and_the_files_say(place, files):
     job = planned(place).jobs[0]
     assert job.base.architecture == "sdxl"

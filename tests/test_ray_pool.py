@@ -2,6 +2,7 @@
 nothing, they commit a line of text; everything else is real."""
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -12,13 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray._raylet import GcsClient
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.experimental.internal_kv import _internal_kv_get
 
 from service import events
 from service.catalog import Catalog
+from service.crew import Crew
 from service.faults import Limits
 from service.jobs import Job, identity
 from service.messages import Began, JobResult, Message, Tile, TileDone, WorkerSettings
@@ -40,6 +44,8 @@ class Quick:
 
     name = "none"
     load_s = 0.0
+    model = ""
+    n_bytes = None
 
     def __call__(self, settings: WorkerSettings) -> "Quick":
         return self
@@ -80,7 +86,7 @@ def cluster() -> Iterator[Cluster]:
     memory = {"object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
     try:
-        cluster.add_node(num_cpus=1, **memory)
+        cluster.add_node(num_cpus=1, labels={"zone": "b"}, resources={"accelerator_type:T4": 1}, **memory)
         yield cluster
     finally:
         cluster.shutdown()
@@ -203,3 +209,45 @@ def heard(pool: RayPool, timeout_s: float = 120) -> Sequence[Report]:
     while not (reports := pool.wait(1)):
         assert time.monotonic() < end, "nothing was heard"
     return reports
+
+
+def test_a_crew_grows_with_the_work_asks_for_room_and_takes_the_request_back(cluster: Cluster, tmp_path: Path) -> None:
+    pool = RayPool(
+        WorkerSettings("", "", None, device="cpu"), address=cluster.address, make=Quick(tmp_path, {}), crew=Crew(1, 3)
+    )
+    try:
+        assert pool.size == 1
+        assert requested() == [{"CPU": 1}]
+        pool.grow(50)
+        assert pool.size == 3
+        assert requested() == [{"CPU": 1}] * 3
+        assert len(pool.shrink(2, [])) == 1
+        assert requested() == [{"CPU": 1}] * 2
+        pool.grow(1)  # what is there is not ended for want of work
+        assert pool.size == 2
+    finally:
+        pool.close()
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        assert requested() == []
+    finally:
+        ray.shutdown()
+
+
+def requested() -> list[dict[str, float]]:
+    """What an autoscaler was told to have room for."""
+    return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "[]")
+
+
+@pytest.mark.parametrize("crew", [Crew(1, 1, labels={"zone": "b"}), Crew(1, 1, accelerator_type="T4")], ids=str)
+def test_workers_run_only_where_they_were_told_to(cluster: Cluster, tmp_path: Path, crew: Crew) -> None:
+    pool = RayPool(
+        WorkerSettings("", "", None, device="cpu"), address=cluster.address, make=Quick(tmp_path, {}), crew=crew
+    )
+    try:
+        (ready,) = heard(pool)
+        assert isinstance(ready, Ready)
+        labelled = next(node["NodeID"] for node in ray.nodes() if node["Labels"].get("zone") == "b")
+        assert pool.processes[ready.worker].node_id == labelled
+    finally:
+        pool.close()

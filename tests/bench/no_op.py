@@ -31,6 +31,8 @@ class NoOp:
 
     name = "none"
     load_s = 0.0
+    model = ""
+    n_bytes = None
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.device = self

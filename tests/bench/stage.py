@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ class Scene:
     limits: Limits = LIMITS
     at: list[tuple[float, Callable[[], None]]] = field(default_factory=list)  # share committed → what happens then
     actors: Callable[[], list[int]] = actors  # processes of workers that live
+    # its thread lives as long as the scene: what it starts with `end_with_parent` ends with the thread, not the process
+    beside: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
 
     @property
     def catalog(self) -> Catalog:
@@ -84,10 +87,9 @@ class Scene:
 
     def during(self, act: Callable[[], None]) -> None:
         """Drive the run while `act` goes on beside it."""
-        with ThreadPoolExecutor(1) as beside:
-            done = beside.submit(act)
-            self.drive()
-            done.result()
+        done = self.beside.submit(act)
+        self.drive()
+        done.result()
 
     def add_node(self) -> None:
         assert self.cluster is not None
