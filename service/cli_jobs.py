@@ -103,7 +103,7 @@ def _command(manifest: str, options: list[str]) -> str:
 
 def check_run_options(options: tuple[str, ...]) -> None:
     """Here, not in a log on the cluster."""
-    from service.cli import crew_of, run
+    from service.cli_run import crew_of, run
 
     taken = {
         "address": "submit has it",
