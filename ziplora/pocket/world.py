@@ -18,364 +18,51 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from ziplora.pocket.shapes import NEW_SHAPES, SEEN_SHAPES, SHAPES, SUBJECT_COLOURS, Point, oval
+from ziplora.pocket.styles import (
+    COLOURS,
+    EDGES,
+    FILLS,
+    GROUNDS,
+    NEW_STYLES,
+    OUTLINES,
+    SEEN_STYLES,
+    STYLES,
+    Colour,
+    Style,
+)
+
+__all__ = [
+    "COLOURS",
+    "EDGES",
+    "EXTRAS",
+    "FILLS",
+    "GROUNDS",
+    "NEW_SHAPES",
+    "NEW_STYLES",
+    "OUTLINES",
+    "SEEN_SHAPES",
+    "SEEN_STYLES",
+    "SHAPES",
+    "SIZE",
+    "STYLES",
+    "SUBJECT_COLOURS",
+    "Scene",
+    "Style",
+    "caption",
+    "describe",
+    "left_out",
+    "picture",
+    "random_style",
+    "render",
+    "sheet",
+    "training_example",
+    "truth",
+    "without_extra",
+]
+
 SIZE = 48  # pixels of a side
 SUPER = 3  # masks are drawn this much larger, then averaged down
-Point = tuple[float, float]
-Colour = tuple[int, int, int]
-
-COLOURS: dict[str, Colour] = {
-    "red": (214, 40, 40),
-    "orange": (244, 140, 30),
-    "yellow": (250, 214, 60),
-    "green": (50, 160, 70),
-    "blue": (40, 90, 210),
-    "purple": (130, 60, 180),
-    "pink": (245, 140, 180),
-    "brown": (125, 80, 45),
-    "black": (25, 25, 30),
-    "white": (250, 250, 250),
-}
-
-
-# Shapes: polygons in units where the shape fills about [-1, 1]², y downwards. `body` is filled, `holes` are cut out,
-# `part` is drawn over it in the second colour.
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    name: str
-    body: tuple[tuple[Point, ...], ...]
-    part: tuple[tuple[Point, ...], ...]
-    holes: tuple[tuple[Point, ...], ...] = ()
-
-
-def _oval(
-    cx: float, cy: float, rx: float, ry: float | None = None, start: float = 0.0, stop: float = 360.0
-) -> tuple[Point, ...]:
-    ry = rx if ry is None else ry
-    angles = np.radians(np.linspace(start, stop, 36))
-    return tuple((cx + rx * math.cos(a), cy + ry * math.sin(a)) for a in angles)
-
-
-def _box(x0: float, y0: float, x1: float, y1: float) -> tuple[Point, ...]:
-    return ((x0, y0), (x1, y0), (x1, y1), (x0, y1))
-
-
-def _regular(
-    n: int, radius: float = 1.0, inner: float | None = None, cx: float = 0.0, cy: float = 0.0
-) -> tuple[Point, ...]:
-    """A regular n-gon, or with `inner` a star of n tips; the first tip points up."""
-    count = n if inner is None else 2 * n
-    radii = [radius if inner is None or i % 2 == 0 else inner for i in range(count)]
-    angles = [2 * math.pi * i / count - math.pi / 2 for i in range(count)]
-    return tuple((cx + r * math.cos(a), cy + r * math.sin(a)) for r, a in zip(radii, angles, strict=True))
-
-
-def _heart() -> tuple[Point, ...]:
-    t = np.linspace(0, 2 * math.pi, 60)
-    x = np.sin(t) ** 3
-    y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16.5
-    return tuple((float(a), float(b)) for a, b in zip(x, y, strict=True))
-
-
-def _drop() -> tuple[Point, ...]:
-    return ((0.0, -1.05), *_oval(0, 0.3, 0.68, 0.7, -35, 215))
-
-
-def _petals(n: int, distance: float, radius: float) -> tuple[tuple[Point, ...], ...]:
-    angles = [2 * math.pi * i / n - math.pi / 2 for i in range(n)]
-    return tuple(_oval(distance * math.cos(a), distance * math.sin(a), radius) for a in angles)
-
-
-def _shapes() -> tuple[Shape, ...]:
-    b = _box
-    return (
-        # seen by the base model
-        Shape("disc", (_oval(0, 0, 0.9),), (_oval(-0.25, -0.25, 0.28),)),
-        Shape("square", (b(-0.8, -0.8, 0.8, 0.8),), (b(-0.3, -0.3, 0.3, 0.3),)),
-        Shape("triangle", (((0.0, -0.95), (1.0, 0.8), (-1.0, 0.8)),), (_oval(0, 0.25, 0.27),)),
-        Shape("star", (_regular(5, 1.05, 0.45),), (_oval(0, 0, 0.24),)),
-        Shape("heart", (_heart(),), (_oval(-0.4, -0.35, 0.2),)),
-        Shape(
-            "moon", (_oval(0, 0, 0.95),), (_oval(-0.65, 0.1, 0.13), _oval(-0.4, 0.6, 0.1)), (_oval(0.5, -0.15, 0.8),)
-        ),
-        Shape("cross", (b(-0.33, -0.95, 0.33, 0.95), b(-0.95, -0.33, 0.95, 0.33)), (b(-0.2, -0.2, 0.2, 0.2),)),
-        Shape(
-            "arrow",
-            (((0.0, -1.0), (0.9, 0.0), (-0.9, 0.0)), b(-0.35, -0.05, 0.35, 0.95)),
-            (b(-0.35, 0.65, 0.35, 0.95),),
-        ),
-        Shape("ring", (_oval(0, 0, 0.95),), (_oval(0, -0.72, 0.18),), (_oval(0, 0, 0.48),)),
-        Shape("diamond", (((0.0, -1.05), (0.75, 0.0), (0.0, 1.05), (-0.75, 0.0)),), (b(-0.75, -0.08, 0.75, 0.08),)),
-        Shape("hexagon", (_regular(6, 1.0),), (_regular(6, 0.45),)),
-        Shape(
-            "house",
-            (((0.0, -1.0), (1.0, -0.15), (-1.0, -0.15)), b(-0.75, -0.2, 0.75, 0.9)),
-            (b(-0.2, 0.25, 0.2, 0.9), b(0.35, 0.05, 0.6, 0.35)),
-        ),
-        Shape(
-            "tree",
-            (((0.0, -1.1), (0.6, -0.3), (-0.6, -0.3)), ((0.0, -0.65), (0.85, 0.45), (-0.85, 0.45))),
-            (b(-0.18, 0.45, 0.18, 1.0),),
-        ),
-        Shape("flower", _petals(6, 0.62, 0.38), (_oval(0, 0, 0.36),)),
-        Shape(
-            "apple",
-            (_oval(-0.32, 0.15, 0.58, 0.75), _oval(0.32, 0.15, 0.58, 0.75)),
-            (b(-0.06, -1.0, 0.06, -0.5), _oval(0.3, -0.8, 0.26, 0.12)),
-        ),
-        Shape(
-            "car",
-            (b(-1.0, -0.05, 1.0, 0.5), ((-0.6, 0.0), (-0.4, -0.55), (0.4, -0.55), (0.65, 0.0))),
-            (_oval(-0.55, 0.5, 0.27), _oval(0.55, 0.5, 0.27)),
-        ),
-        Shape(
-            "boat",
-            (((-1.0, 0.3), (1.0, 0.3), (0.6, 0.85), (-0.6, 0.85)), ((0.0, -1.0), (0.75, 0.15), (0.0, 0.15))),
-            (b(-0.12, -1.0, 0.0, 0.3),),
-        ),
-        Shape("bottle", (b(-0.45, -0.2, 0.45, 1.0), b(-0.18, -0.95, 0.18, -0.1)), (b(-0.45, 0.2, 0.45, 0.6),)),
-        Shape(
-            "cup",
-            (((-0.75, -0.7), (0.45, -0.7), (0.3, 0.8), (-0.6, 0.8)), _oval(0.55, -0.05, 0.42)),
-            (b(-0.75, -0.7, 0.45, -0.45),),
-            (_oval(0.6, -0.05, 0.2),),
-        ),
-        Shape("hat", (b(-0.5, -0.85, 0.5, 0.45), _oval(0, 0.5, 1.05, 0.25)), (b(-0.5, 0.1, 0.5, 0.35),)),
-        Shape(
-            "bell",
-            (((-0.85, 0.6), (-0.55, 0.2), *_oval(0, -0.25, 0.5, 0.65, 180, 360), (0.55, 0.2), (0.85, 0.6)),),
-            (_oval(0, 0.72, 0.2),),
-        ),
-        Shape(
-            "leaf",
-            (((0.0, -1.05), *_oval(0, 0, 0.62, 0.75, -40, 40), (0.0, 0.85), *_oval(0, 0, 0.62, 0.75, 140, 220)),),
-            (b(-0.06, -0.6, 0.06, 1.1),),
-        ),
-        Shape(
-            "bird",
-            (_oval(-0.1, 0.2, 0.7, 0.5), _oval(0.5, -0.4, 0.36), ((-0.6, 0.2), (-1.1, -0.25), (-0.95, 0.4))),
-            (((0.8, -0.5), (1.2, -0.32), (0.8, -0.22)), _oval(-0.15, 0.15, 0.36, 0.2)),
-        ),
-        Shape(
-            "cat",
-            (
-                _oval(0, 0.15, 0.82, 0.72),
-                ((-0.8, -0.95), (-0.15, -0.5), (-0.75, 0.05)),
-                ((0.8, -0.95), (0.15, -0.5), (0.75, 0.05)),
-            ),
-            (_oval(-0.32, 0.0, 0.15), _oval(0.32, 0.0, 0.15), _oval(0, 0.4, 0.12, 0.08)),
-        ),
-        Shape(
-            "ghost",
-            (
-                (
-                    *_oval(0, -0.25, 0.75, 0.75, 180, 360),
-                    (0.75, 0.95),
-                    (0.38, 0.65),
-                    (0.0, 0.95),
-                    (-0.38, 0.65),
-                    (-0.75, 0.95),
-                ),
-            ),
-            (_oval(-0.28, -0.25, 0.15, 0.2), _oval(0.28, -0.25, 0.15, 0.2)),
-        ),
-        Shape(
-            "lamp",
-            (((-0.4, -0.95), (0.4, -0.95), (0.8, 0.05), (-0.8, 0.05)), b(-0.5, 0.8, 0.5, 1.0)),
-            (b(-0.09, 0.05, 0.09, 0.8),),
-        ),
-        Shape("drop", (_drop(),), (_oval(0.22, 0.45, 0.2),)),
-        Shape(
-            "cloud",
-            (_oval(-0.5, 0.15, 0.45), _oval(0.0, -0.15, 0.55), _oval(0.55, 0.15, 0.42), b(-0.5, 0.1, 0.55, 0.58)),
-            (b(-0.5, 0.38, 0.55, 0.58),),
-        ),
-        Shape(
-            "bolt",
-            (((0.25, -1.05), (-0.65, 0.2), (-0.05, 0.2), (-0.3, 1.05), (0.65, -0.3), (0.05, -0.3)),),
-            (((-0.65, 0.2), (-0.05, 0.2), (-0.3, 1.05)),),
-        ),
-        Shape("flag", (((-0.6, -0.95), (0.95, -0.5), (-0.6, 0.05)),), (b(-0.8, -1.0, -0.6, 1.05),)),
-        # never seen by the base model
-        Shape(
-            "mushroom",
-            ((*_oval(0, 0.0, 1.0, 0.9, 180, 360),), b(-0.3, -0.05, 0.3, 0.9)),
-            (_oval(-0.4, -0.4, 0.2), _oval(0.3, -0.55, 0.17), _oval(0.55, -0.15, 0.12)),
-        ),
-        Shape(
-            "key",
-            (
-                _oval(-0.5, -0.3, 0.52),
-                b(-0.1, -0.42, 1.05, -0.16),
-                b(0.55, -0.2, 0.72, 0.25),
-                b(0.85, -0.2, 1.02, 0.35),
-            ),
-            (b(0.0, -0.42, 0.2, -0.16),),
-            (_oval(-0.55, -0.3, 0.24),),
-        ),
-        Shape(
-            "fish",
-            (_oval(0.15, 0, 0.78, 0.52), ((-0.45, 0.0), (-1.1, -0.55), (-1.1, 0.55))),
-            (_oval(0.55, -0.12, 0.13), ((0.1, -0.85), (0.4, -0.4), (-0.25, -0.4))),
-        ),
-        Shape(
-            "rocket",
-            (
-                ((0.0, -1.15), (0.38, -0.5), (0.38, 0.55), (-0.38, 0.55), (-0.38, -0.5)),
-                ((-0.38, 0.0), (-0.85, 0.8), (-0.38, 0.55)),
-                ((0.38, 0.0), (0.85, 0.8), (0.38, 0.55)),
-            ),
-            (_oval(0, -0.25, 0.2), ((-0.25, 0.6), (0.25, 0.6), (0.0, 1.15))),
-        ),
-        Shape(
-            "umbrella",
-            ((*_oval(0, 0.0, 1.05, 0.95, 180, 360),),),
-            (b(-0.08, 0.0, 0.08, 0.85), b(-0.4, 0.75, 0.08, 0.92), b(-0.08, -1.1, 0.08, -0.9)),
-        ),
-        Shape(
-            "cactus",
-            (
-                b(-0.27, -0.95, 0.27, 0.6),
-                b(-0.85, -0.4, -0.55, 0.15),
-                b(-0.85, 0.0, -0.2, 0.25),
-                b(0.55, -0.65, 0.85, -0.05),
-                b(0.2, -0.25, 0.85, 0.0),
-            ),
-            (((-0.5, 0.55), (0.5, 0.55), (0.38, 1.05), (-0.38, 1.05)),),
-        ),
-        Shape(
-            "robot",
-            (
-                b(-0.5, -0.75, 0.5, -0.05),
-                b(-0.7, 0.05, 0.7, 0.75),
-                b(-0.5, 0.7, -0.2, 1.05),
-                b(0.2, 0.7, 0.5, 1.05),
-                b(-0.05, -1.1, 0.05, -0.7),
-            ),
-            (_oval(-0.22, -0.42, 0.13), _oval(0.22, -0.42, 0.13), b(-0.3, 0.25, 0.3, 0.5)),
-        ),
-        Shape(
-            "anchor",
-            (
-                _oval(0, -0.75, 0.3),
-                b(-0.12, -0.6, 0.12, 0.9),
-                (*_oval(0, 0.15, 0.95, 0.85, 0, 180), *_oval(0, 0.05, 0.65, 0.6, 180, 0)),
-            ),
-            (b(-0.5, -0.4, 0.5, -0.2),),
-            (_oval(0, -0.75, 0.13),),
-        ),
-        Shape(
-            "butterfly",
-            (
-                _oval(-0.52, -0.38, 0.5, 0.45),
-                _oval(0.52, -0.38, 0.5, 0.45),
-                _oval(-0.42, 0.45, 0.38, 0.4),
-                _oval(0.42, 0.45, 0.38, 0.4),
-            ),
-            (b(-0.1, -0.75, 0.1, 0.85),),
-        ),
-        Shape(
-            "guitar",
-            (_oval(0, 0.5, 0.6, 0.5), _oval(0, -0.05, 0.42, 0.38), b(-0.1, -1.15, 0.1, 0.0), b(-0.2, -1.2, 0.2, -0.95)),
-            (_oval(0, 0.3, 0.2), b(-0.3, 0.7, 0.3, 0.8)),
-        ),
-    )
-
-
-SHAPES: dict[str, Shape] = {shape.name: shape for shape in _shapes()}
-NEW_SHAPES = ("mushroom", "key", "fish", "rocket", "umbrella", "cactus", "robot", "anchor", "butterfly", "guitar")
-SEEN_SHAPES = tuple(name for name in SHAPES if name not in NEW_SHAPES)
-
-SUBJECT_COLOURS: dict[str, tuple[str, str]] = {
-    "mushroom": ("red", "white"),
-    "key": ("yellow", "red"),
-    "fish": ("orange", "blue"),
-    "rocket": ("white", "red"),
-    "umbrella": ("purple", "yellow"),
-    "cactus": ("green", "brown"),
-    "robot": ("blue", "yellow"),
-    "anchor": ("black", "orange"),
-    "butterfly": ("pink", "purple"),
-    "guitar": ("brown", "white"),
-}
-"""Body and part colour of the new subjects as photographed."""
-
-
-# Styles
-
-FILLS = ("plain", "stripes", "dots", "hatch", "checks", "shade", "clouds")
-GROUNDS = ("plain", "stripes", "dots", "grid", "checks", "shade", "rays", "clouds")
-OUTLINES = ("no", "thin", "thick", "glow", "shadow")
-EDGES = ("crisp", "soft", "blocky", "rough")
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """`body`, `body2`: the fill and its pattern's colour; `part`: details; `ground`, `ground2`: behind; `line`:
-    outline."""
-
-    name: str
-    body: Colour
-    body2: Colour
-    part: Colour
-    ground: Colour
-    ground2: Colour
-    line: Colour
-    fill: str = "plain"
-    behind: str = "plain"
-    outline: str = "no"
-    edge: str = "crisp"
-
-
-def _hex(text: str) -> tuple[Colour, ...]:
-    return tuple((int(h[0:2], 16), int(h[2:4], 16), int(h[4:6], 16)) for h in text.split())
-
-
-def _style(name: str, colours: str, fill: str, behind: str, outline: str, edge: str = "crisp") -> Style:
-    body, body2, part, ground, ground2, line = _hex(colours)
-    return Style(name, body, body2, part, ground, ground2, line, fill, behind, outline, edge)
-
-
-STYLES: dict[str, Style] = {
-    style.name: style
-    for style in (
-        #        body   body2  part   ground ground2 line
-        _style("neon", "1a1030 1a1030 f8f03c 140a28 140a28 ff3cc8", "plain", "plain", "glow"),
-        _style("watercolour", "6fa8dc a9d0f0 e88aa0 fbf7ee f3ead6 6fa8dc", "clouds", "clouds", "no", "soft"),
-        _style("pencil", "f4f2ec 8a8a8a 6a6a6a f4f2ec f4f2ec 3c3c3c", "hatch", "plain", "thin"),
-        _style("blueprint", "2050a8 2050a8 e8f0ff 2050a8 4a78c8 e8f0ff", "plain", "grid", "thin"),
-        _style("comic", "ffe14a ffb020 e83030 ffffff 6ec6f0 101010", "plain", "dots", "thick"),
-        _style("pixel", "50c850 208838 f8f8f8 3048a0 3048a0 102010", "shade", "plain", "no", "blocky"),
-        _style("mosaic", "c85a3c f0c890 305070 e8dcc0 b8b098 ffffff", "checks", "checks", "no"),
-        _style("sunset", "2a1a3a 2a1a3a 6a2a4a ffd060 f04a5a 2a1a3a", "plain", "shade", "no"),
-        _style("mint", "5ac8a0 ffffff ffffff d8f5e8 ffffff ffffff", "stripes", "plain", "thick"),
-        _style("candy", "ff6aa8 ffffff ffffff fde0ee ffb8d8 ffffff", "stripes", "stripes", "no"),
-        _style("charcoal", "383838 6a6a6a c8c8c8 a8a4a0 c8c4c0 181818", "clouds", "clouds", "no", "rough"),
-        _style("woodcut", "201008 c89858 c89858 d8a868 c89050 201008", "hatch", "stripes", "thick", "rough"),
-        _style("poster", "e83828 e83828 ffe8b8 ffe8b8 f8c058 301018", "plain", "rays", "shadow"),
-        _style("sticker", "38b0d8 2080b0 ffe040 b8b8c8 b8b8c8 ffffff", "shade", "plain", "thick"),
-        _style("chalk", "2c4a3c e8e8e0 f8d878 2c4a3c 2c4a3c e8e8e0", "hatch", "plain", "thin", "rough"),
-        _style("jungle", "a8d838 e8f080 f88820 1c5028 388040 0c2810", "dots", "stripes", "no"),
-        _style("ocean", "f8f8f0 c8e8f0 f08060 0878a0 30b0c8 044058", "shade", "clouds", "shadow"),
-        _style("gold", "f0c040 fff0b0 8a5a10 300c10 501820 fff0b0", "shade", "plain", "thin"),
-        _style("zebra", "101010 ffffff e02020 ffffff d8d8d8 101010", "stripes", "plain", "thin"),
-        _style("fog", "8898a8 8898a8 687888 c8d0d8 e4e8ec 8898a8", "plain", "shade", "no", "soft"),
-        _style("lava", "181010 f86010 f8d020 601008 a02010 f86010", "clouds", "clouds", "glow"),
-        _style("stamp", "7a3088 7a3088 f0e8d0 f0e8d0 f0e8d0 7a3088", "plain", "plain", "no", "rough"),
-        # never seen by the base model
-        _style("ice", "e8fbff 90d8f0 3070c0 a8e4f8 78c4e8 2058b0", "shade", "rays", "thin"),
-        _style("retro", "f08848 f8d898 38786c f8d898 f0b070 5a2c1c", "stripes", "rays", "thick"),
-        _style("circuit", "0a2818 30e068 f0e030 0a2818 146030 30e068", "dots", "grid", "thin"),
-        _style("thermal", "f8e030 f03820 ffffff 281070 7018a0 f03820", "shade", "clouds", "glow", "soft"),
-        _style("denim", "3a5888 6a88b8 f0a030 283c60 3a5080 f0a030", "hatch", "checks", "thin"),
-        _style("carnival", "8028c0 f0d020 20c8b0 f8f0e0 f05050 401060", "checks", "stripes", "thick"),
-        _style("arcade", "f04ad0 8a20c0 30f0f0 08081c 202060 30f0f0", "checks", "grid", "no", "blocky"),
-        _style("linen", "b05840 d89878 f8f0e0 e8dcc4 d4c4a4 e8dcc4", "dots", "grid", "shadow", "soft"),
-    )
-}
-NEW_STYLES = ("ice", "retro", "circuit", "thermal", "denim", "carnival", "arcade", "linen")
-SEEN_STYLES = tuple(name for name in STYLES if name not in NEW_STYLES)
 
 EXTRAS = ("crown", "ball")
 _EXTRA_COLOURS: dict[str, Colour] = {"crown": COLOURS["yellow"], "ball": COLOURS["red"]}
@@ -476,7 +163,7 @@ def _extra_polygons(extra: str) -> tuple[tuple[Point, ...], ...]:
     """In units of the shape, outside it, unflipped."""
     if extra == "crown":
         return (((-0.6, -1.15), (-0.7, -1.75), (-0.3, -1.45), (0.0, -1.85), (0.3, -1.45), (0.7, -1.75), (0.6, -1.15)),)
-    return (_oval(1.35, 0.75, 0.42),)
+    return (oval(1.35, 0.75, 0.42),)
 
 
 def _over(image: np.ndarray, alpha: np.ndarray, colour: np.ndarray | Colour) -> np.ndarray:
