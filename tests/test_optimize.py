@@ -138,6 +138,19 @@ def test_optimisation_lowers_held_out_reconstruction(base: Base) -> None:
     assert len(merged.report["subject_loss"]) == 2
 
 
+def test_layers_that_are_not_learned_stay_at_the_direct_merge(base: Base) -> None:
+    pair = make_pair(base, settings=dataclasses.replace(SETTINGS, draws=3))
+    (merged,) = ziplora(base, [pair], ZipLoRAKnobs(steps=3, layers="q-out"))
+    assert merged.mergers is not None
+    for path, values in (*merged.mergers.subject.items(), *merged.mergers.style.items()):
+        learned = path.endswith((".to_q", ".to_out.0"))
+        assert bool((values == 1).all()) is not learned, path
+    keys = {path: layer for path, layer in pair.subject.layers.items() if path.endswith(".to_k")}
+    only_keys = dataclasses.replace(pair, subject=LoRA(keys), style=LoRA({}))
+    with pytest.raises(ValueError, match="queries or outputs"):
+        ziplora(base, [only_keys], ZipLoRAKnobs(steps=1, layers="q-out"))
+
+
 def test_the_papers_settings_beat_direct_merge_on_the_demos_loras(grid_template: Grid) -> None:
     base = load_base(grid_template.root / "base")
     loras = [read_lora(grid_template.root / f"{name}.safetensors").lora for name in ("dog", "ink")]

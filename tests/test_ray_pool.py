@@ -81,12 +81,14 @@ class Quick:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
 
+MEMORY = {"object_store_memory": 80 * 2**20}
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    memory = {"object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **MEMORY})
     try:
-        cluster.add_node(num_cpus=1, labels={"zone": "b"}, resources={"accelerator_type:T4": 1}, **memory)
+        cluster.add_node(num_cpus=1, **MEMORY)
         yield cluster
     finally:
         cluster.shutdown()
@@ -177,8 +179,7 @@ def test_a_node_that_is_drained_gets_no_more_work_and_loses_none(cluster: Cluste
 
 def test_workers_wait_for_nodes_where_there_is_none_yet_and_ask_for_them(tmp_path: Path) -> None:
     """A head that only coordinates, and an autoscaler that starts at 0 nodes: what it sees are the waiting actors."""
-    memory = {"object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **MEMORY})
     pool = None
     try:
         settings = WorkerSettings("", "", None, device="cuda")
@@ -186,7 +187,7 @@ def test_workers_wait_for_nodes_where_there_is_none_yet_and_ask_for_them(tmp_pat
         assert pool.size == 2
         wait_until(lambda: demands(cluster.address) == {(("CPU", 1.0), ("GPU", 1.0)): 2})
         assert pool.wait(0) == []
-        cluster.add_node(num_cpus=1, num_gpus=1, **memory)
+        cluster.add_node(num_cpus=1, num_gpus=1, **MEMORY)
         (ready,) = heard(pool)
         assert isinstance(ready, Ready)
         wait_until(lambda: demands(cluster.address) == {(("CPU", 1.0), ("GPU", 1.0)): 1})
@@ -241,13 +242,14 @@ def requested() -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("crew", [Crew(1, 1, labels={"zone": "b"}), Crew(1, 1, accelerator_type="T4")], ids=str)
 def test_workers_run_only_where_they_were_told_to(cluster: Cluster, tmp_path: Path, crew: Crew) -> None:
+    node = cluster.add_node(num_cpus=1, labels={"zone": "b"}, resources={"accelerator_type:T4": 1}, **MEMORY)
     pool = RayPool(
         WorkerSettings("", "", None, device="cpu"), address=cluster.address, make=Quick(tmp_path, {}), crew=crew
     )
     try:
         (ready,) = heard(pool)
         assert isinstance(ready, Ready)
-        labelled = next(node["NodeID"] for node in ray.nodes() if node["Labels"].get("zone") == "b")
-        assert pool.processes[ready.worker].node_id == labelled
+        assert pool.processes[ready.worker].node_id == node.node_id
     finally:
         pool.close()
+        cluster.remove_node(node)

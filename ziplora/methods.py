@@ -48,7 +48,9 @@ class ZipLoRAKnobs:
     itself; `shared` uses the same for subject and style. draws: distinct (image, noise, timestep) draws per LoRA;
     None means a fresh one at every step, as in ordinary training. batch: draws per step and branch. size: pixels of
     the reference images; None for what the base was trained at. similarity_floor: stop when Σ_layers |m_c·m_s| has
-    fallen to this share of its start (the paper: "until the similarity is zero").
+    fallen to this share of its start (the paper: "until the similarity is zero"). layers: which layers' mergers are
+    learned, `all` as in the paper, or `q-out`, attention's queries and outputs alone, where keys and values stay at the
+    direct merge (as LoRA.rar does, https://arxiv.org/abs/2412.05148).
     """
 
     steps: int = 100
@@ -61,6 +63,7 @@ class ZipLoRAKnobs:
     batch: int = 1
     size: int | None = None
     similarity_floor: float = 1e-4
+    layers: Literal["all", "q-out"] = "all"
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch", 1), ("draws", 1), ("size", 8)):

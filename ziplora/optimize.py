@@ -61,8 +61,8 @@ Calibrations = Sequence[Sequence[Calibration | None]]  # of each pair: subject's
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One update of every pair; all values [merges]. `similarity` is Σ_layers |m_c·m_s| as a share of its start;
-    `combined_loss`, without γ, is None where γ is 0."""
+    """One update of every pair; all values [merges]. `similarity` is Σ |m_c·m_s| over the layers that are learned, as a
+    share of its start; `combined_loss`, without γ, is None where γ is 0."""
 
     number: int
     subject_loss: Tensor
@@ -115,20 +115,21 @@ class Optimization:
                 )
             if self.initial is not None:
                 self._start(mergers, self.initial)
-            update = self.descent(mergers)
-            start = penalty_sum(mergers, "literal").detach().clamp_min(1.0)  # 0 where no layer has both LoRAs
+            learned = _learned(mergers, knobs.layers)
+            update = self.descent(learned)
+            start = penalty_sum(learned, "literal").detach().clamp_min(1.0)  # 0 where no layer has both LoRAs
             frozen: list[Mergers | None] = [None] * len(self.pairs)
             for number in range(1, knobs.steps + 1):
                 noisy, timesteps, target = batch(calibrations, number - 1, knobs.batch, knobs.draws)
-                loss = eq3_losses(base, mergers, noisy, timesteps, conditioning.repeat(knobs.batch), target, knobs)
+                loss = eq3_losses(base, learned, noisy, timesteps, conditioning.repeat(knobs.batch), target, knobs)
                 terms = loss.reconstruction
                 total = terms[:, :2].sum(1) + gamma * terms[:, 2:].sum(1) + knobs.penalty_weight * loss.penalty
                 # emptied before, not after: a gradient left behind would double the memory of the mergers
-                for merger in mergers.values():
+                for merger in learned.values():
                     merger.grad = None
                 total.sum().backward()
                 update(total.detach(), number == knobs.steps)
-                step = self._record(number, terms.detach(), penalty_sum(mergers, "literal").detach() / start)
+                step = self._record(number, terms.detach(), penalty_sum(learned, "literal").detach() / start)
                 for i in (step.similarity <= knobs.similarity_floor).nonzero().flatten().tolist():
                     if frozen[i] is None:
                         frozen[i], self.stopped_at[i] = self._take(mergers, i), number
@@ -184,6 +185,18 @@ class Optimization:
             "style_loss": [first.style_loss[index].item(), last.style_loss[index].item()],
             "similarity": last.similarity[index].item(),
         }
+
+
+def _learned(mergers: Mapping[str, nn.Parameter], layers: str) -> dict[str, nn.Parameter]:
+    """Those that the optimisation moves; the others stay where they are, and need no gradient."""
+    learned = dict(mergers)
+    if layers == "q-out":
+        learned = {path: merger for path, merger in mergers.items() if path.endswith((".to_q", ".to_out.0"))}
+    if not learned:
+        raise ValueError("neither LoRA touches queries or outputs of attention, so layers q-out has nothing to learn")
+    for path in mergers.keys() - learned.keys():
+        mergers[path].requires_grad_(False)
+    return learned
 
 
 def ziplora(
