@@ -10,7 +10,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-gallery bench-study bench-care bench-inside bench-best bench-resume bench-simulation bench-chaos bench-faults bench-no-op bench-overlap bench-scrape check-alerts client clean
+.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-composition bench-gallery bench-study bench-care bench-inside bench-best bench-resume bench-simulation bench-chaos bench-faults bench-no-op bench-overlap bench-scrape check-alerts client clean
 
 venv: $(VENV)/.ready
 
@@ -62,6 +62,10 @@ bench-sample: venv
 # every method over the pocket world's grid; what was measured before is kept in build/quality and not measured again
 bench-quality: venv
 	$(BIN)/python -m tests.bench.quality
+
+# what could make merges compose better: the combined term's weight, target and latents, layers, output weights
+bench-composition: venv
+	$(BIN)/python -m tests.bench.quality --composition
 
 # the best of several methods for each pair, beside each of them alone
 bench-best: venv

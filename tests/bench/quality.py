@@ -2,12 +2,13 @@
 
     python -m tests.bench.quality [--pairs N] [--seeds N] [--methods M …] [--minutes N]
     python -m tests.bench.quality --sweep
+    python -m tests.bench.quality --composition
 
 A method is a name in METHODS, with knobs and weights where they differ from the defaults: `ziplora:learning_rate=0.03`,
 `direct@0.7` (both LoRAs at .7), `direct@1/0` (the subject's alone); `truth` is the renderer. Every measured pair is
 appended to records.jsonl in the work directory, so an interrupted run goes on where it was, and a later one adds to it.
 Results: quality.json, quality.md and one contact sheet per method. `--sweep` tries what the paper leaves open, on pairs
-fixed beforehand.
+fixed beforehand; `--composition` what could make merges compose better, on the grid's first four styles.
 """
 
 import argparse
@@ -34,6 +35,11 @@ from ziplora.sample import SCHEDULERS
 
 BASELINES = ("direct@0.5", "direct@0.7", "direct@1/0", "direct@0/1", TRUTH.name)
 AGAINST = ("direct", "ziplora")
+TITLES = {
+    "quality": "Quality of merges in the pocket world",
+    "sweep": "What the paper leaves open",
+    "composition": "What could make merges compose better",
+}
 SWEEP_PAIRS = ((0, 0), (2, 1), (4, 2), (6, 3))
 """Places in SUBJECTS and STYLES, chosen before there were any results."""
 
@@ -76,6 +82,31 @@ def sweep_variants() -> list[str]:
     ]
     texts = [",".join(f"{name}={value}" for name, value in one.items()) for one in knobs]
     return ["direct", *("ziplora" + (f":{text}" if text else "") for text in texts)]
+
+
+def composition_variants() -> list[str]:
+    """Settings fixed before there were any results. ziplora with 150 steps has as many passes as ziplora-composed, which
+    has a third term; what differs of the closed forms is H, the weights of the outputs."""
+    return [
+        "direct",
+        "ziplora",
+        "ziplora:steps=150",
+        "ziplora:layers=q-out",
+        # γ, the target, the latents of the combined term
+        "ziplora-composed",
+        "ziplora-composed:combined_weight=0.25",
+        "ziplora-composed:combined_weight=4",
+        "ziplora-composed:combined_target=sum",
+        "ziplora-composed:combined_draws=8",
+        "ziplora-composed:combined_draws=100",
+        "ziplora-composed:layers=q-out",
+        # H
+        "ziplora-closed",
+        "ziplora-closed:output_weights=true",
+        "ziplora-matrix",
+        "ziplora-matrix:output_weights=false",
+        "ziplora-refined",
+    ]
 
 
 class Records:
@@ -199,7 +230,7 @@ def report(
         for record in records.of(variant)
         if (record["subject"], record["style"]) in names and record["seed"] < options.seeds
     ]
-    kind = "sweep" if options.sweep else "quality"
+    kind = next((name for name in ("sweep", "composition") if getattr(options, name)), "quality")
     table = summary(found, [variant.name for variant in variants], AGAINST)
     apart = [record for record in found if (record["subject"], record["style"]) not in swept]
     result = {
@@ -217,10 +248,10 @@ def report(
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{kind}.json").write_text(json.dumps(result, indent=1) + "\n")
-    title = "What the paper leaves open" if options.sweep else "Quality of merges in the pocket world"
+    title = TITLES[kind]
     (options.out / f"{kind}.md").write_text(markdown(table, title))
     print(markdown(table, title))
-    if not options.sweep:
+    if kind == "quality":
         sheets(options.out, variants, found, records)
 
 
@@ -249,11 +280,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="the first N along the grid's diagonals")
     parser.add_argument("--subjects", type=int, help="only the first N")
     parser.add_argument("--styles", type=int, help="only the first N")
-    parser.add_argument("--seeds", type=int, help="of merges and samples (3; in a sweep 1)")
+    parser.add_argument("--seeds", type=int, help="of merges and samples (3; in a study 1)")
     parser.add_argument(
         "--methods", nargs="+", metavar="M", help="default: all of METHODS that do not train, and baselines"
     )
-    parser.add_argument("--sweep", action="store_true")
+    studies = parser.add_mutually_exclusive_group()
+    studies.add_argument("--sweep", action="store_true")
+    studies.add_argument("--composition", action="store_true")
     parser.add_argument("--minutes", type=float, help="start no block of pairs after this")
     parser.add_argument(
         "--images", type=int, default=usual.images, help="of the combined prompt, for each pair and seed"
@@ -269,10 +302,12 @@ def main() -> None:
     if not pocket.SUBJECTS or not pocket.STYLES:
         parser.error("the pocket world's weights are not there: see ziplora/pocket/README.md")
     torch.set_num_threads(options.threads)
-    options.seeds = options.seeds or (1 if options.sweep else 3)
-    defaults = sweep_variants() if options.sweep else [*filter(merges, METHODS), *BASELINES]
+    options.seeds = options.seeds or (1 if options.sweep or options.composition else 3)
+    defaults = [*filter(merges, METHODS), *BASELINES]
+    if options.sweep or options.composition:
+        defaults = sweep_variants() if options.sweep else composition_variants()
     variants = [parse_variant(text) for text in options.methods or defaults]
-    pairs = grid(options.subjects, options.styles)
+    pairs = grid(options.subjects, options.styles or (4 if options.composition else None))
     if options.sweep:
         pairs = [pair for pair in SWEEP_PAIRS if pair in pairs]
     pairs = pairs[: options.pairs]
