@@ -12,8 +12,9 @@ from math import prod
 
 from service.best import candidates, method_names, trains
 from service.jobs import Concept, Job, SampleSettings, TrainJob
+from ziplora.calibration_settings import SELF_IMAGES, SELF_STEPS, CalibrationSettings
 from ziplora.layouts import ModuleKeys, is_target
-from ziplora.methods import METHODS, SELF_IMAGES, SELF_STEPS, CalibrationSettings
+from ziplora.methods import METHODS
 from ziplora.module_names import input_of
 
 TOKENS = 77  # CLIP's prompt length

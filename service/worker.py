@@ -42,10 +42,11 @@ from ziplora import formats
 from ziplora.base import Base, load_base
 from ziplora.calibrate import Calibration, calibrate
 from ziplora.calibration_files import calibration_key, read_calibration, write_calibration
+from ziplora.calibration_settings import CalibrationSettings
 from ziplora.errors import FormatError, LoRAError
 from ziplora.lora import LoRA, n_bytes, scaled
 from ziplora.merged import Merged, Pair, Pictures, Words
-from ziplora.methods import METHODS, CalibrationSettings
+from ziplora.methods import METHODS
 from ziplora.sample import Request, sample_requests
 
 T = TypeVar("T")

@@ -15,12 +15,12 @@ from tests.random_loras import random_lora
 from tests.tiny import tiny_sdxl
 from ziplora import factor
 from ziplora.base import Base, resident
-from ziplora.baseline_knobs import DareKnobs, NullSpaceKnobs, PruneKnobs, SvdKnobs, TiesKnobs
+from ziplora.baseline_knobs import DareKnobs, DirectKnobs, NullSpaceKnobs, PruneKnobs, SvdKnobs, TiesKnobs
 from ziplora.baselines import direct
 from ziplora.lora import Layer, LoRA, delta, max_rank, restyled, select
 from ziplora.low_rank_merges import np_lora, svd
 from ziplora.merged import Merged, Pair
-from ziplora.methods import METHODS, DirectKnobs
+from ziplora.methods import METHODS
 from ziplora.sparse_merges import dare, dropped, prune, ties
 
 WHOLE = 10_000  # a rank above every layer's: nothing is left out

@@ -12,8 +12,8 @@ from tests.tiny import tiny_sd15, tiny_sdxl
 from ziplora.base import Base, resident
 from ziplora.calibrate import Calibration, calibrate, predictions
 from ziplora.calibration_files import calibration_key, read_calibration, write_calibration
+from ziplora.calibration_settings import CalibrationSettings
 from ziplora.errors import FormatError
-from ziplora.methods import CalibrationSettings
 from ziplora.module_names import CONTEXT, input_of
 from ziplora.moments import STORED_SHARE, compact, output_weights, readers, restored
 

@@ -15,14 +15,17 @@ from tests.tiny import tiny_sd15, tiny_sdxl
 from ziplora import pocket
 from ziplora.base import Base, Conditioning, load_base, resident
 from ziplora.calibrate import Calibration, calibrate, predictions
+from ziplora.calibration_settings import CalibrationSettings
 from ziplora.closed_form import column_mergers, column_solution, solve, ziplora_closed, ziplora_matrix
+from ziplora.closed_form_knobs import ClosedKnobs, MatrixKnobs, RefinedKnobs
 from ziplora.descent import whitened_lbfgs
 from ziplora.formats import read_lora
 from ziplora.lora import Layer, LoRA, Mergers, concat, delta, select
 from ziplora.merged import Pair
-from ziplora.methods import METHODS, CalibrationSettings, ClosedKnobs, MatrixKnobs, RefinedKnobs, ZipLoRAKnobs
+from ziplora.methods import METHODS
 from ziplora.module_names import input_of
 from ziplora.optimize import Optimization, batch, eq3_losses
+from ziplora.optimize_knobs import ZipLoRAKnobs
 from ziplora.refine import _to_loss, ziplora_refined
 from ziplora.slots import Slots
 

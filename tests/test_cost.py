@@ -146,7 +146,7 @@ def module(shape: tuple[int, ...], rank: int):
 def ziplora_knobs(**changes):
     from dataclasses import asdict
 
-    from ziplora.methods import ZipLoRAKnobs
+    from ziplora.optimize_knobs import ZipLoRAKnobs
 
     return asdict(ZipLoRAKnobs(**changes))
 

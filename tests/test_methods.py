@@ -4,16 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from ziplora.methods import (
-    METHODS,
-    CalibrationSettings,
-    ClosedKnobs,
-    ComposedKnobs,
-    MatrixKnobs,
-    Passes,
-    RefinedKnobs,
-    ZipLoRAKnobs,
-)
+from ziplora.calibration_settings import CalibrationSettings, Passes
+from ziplora.closed_form_knobs import ClosedKnobs, MatrixKnobs, RefinedKnobs
+from ziplora.methods import METHODS
+from ziplora.optimize_knobs import ComposedKnobs, ZipLoRAKnobs
 
 
 @pytest.mark.parametrize("name", METHODS)

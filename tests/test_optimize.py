@@ -13,12 +13,14 @@ from tests.random_loras import random_lora
 from tests.tiny import tiny_sd15, tiny_sdxl
 from ziplora.base import Base, load_base, resident
 from ziplora.calibrate import Calibration, calibrate, derived_seed, draw, predictions
+from ziplora.calibration_settings import CalibrationSettings
 from ziplora.composition import combined_calibrations
 from ziplora.formats import read_lora
 from ziplora.lora import LoRA, Mergers, delta
 from ziplora.merged import Pair
-from ziplora.methods import METHODS, CalibrationSettings, ComposedKnobs, ZipLoRAKnobs
+from ziplora.methods import METHODS
 from ziplora.optimize import Optimization, batch, eq3_losses, similarity_penalty, student_conditioning, ziplora
+from ziplora.optimize_knobs import ComposedKnobs, ZipLoRAKnobs
 
 DOG = [Image.linear_gradient("L"), Image.radial_gradient("L")]
 INK = [Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20)]

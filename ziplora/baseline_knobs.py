@@ -15,6 +15,11 @@ def _check_rank(rank: int | None, most: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class DirectKnobs:
+    """Direct merge has none: the LoRAs' own weights say how much of each."""
+
+
+@dataclass(frozen=True, slots=True)
 class PruneKnobs:
     """density: share of each ΔW's elements that is kept, the largest. rank: what each LoRA's half is factored to, None
     for the rank it had; the entry says how much of it that leaves out."""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from ziplora.base import Base
+from ziplora.baseline_knobs import DirectKnobs
 from ziplora.merged import Merged, Pair
-from ziplora.methods import DirectKnobs
 
 
 def direct(base: Base, pairs: Sequence[Pair], knobs: DirectKnobs) -> list[Merged]:

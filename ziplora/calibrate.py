@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from ziplora.base import Base, Conditioning
+from ziplora.calibration_settings import SELF_GUIDANCE, SELF_IMAGES, SELF_STEPS, CalibrationSettings
 from ziplora.lora import LoRA, digest
-from ziplora.methods import SELF_GUIDANCE, SELF_IMAGES, SELF_STEPS, CalibrationSettings
 from ziplora.moments import output_weights, recorded, total_bytes
 from ziplora.sample import sample_latents
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ziplora.base import Base, Conditioning
 from ziplora.calibrate import Calibration
+from ziplora.calibration_settings import CalibrationSettings
 from ziplora.errors import FormatError
-from ziplora.methods import CalibrationSettings
 from ziplora.moments import accumulator, compact, restored
 
 VERSION = 1  # raised whenever the same inputs would give another calibration, or other bytes

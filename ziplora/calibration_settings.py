@@ -4,6 +4,11 @@ are checked with it."""
 from dataclasses import dataclass
 from typing import Literal
 
+# What a LoRA without reference images generates of itself to be observed on: as many as a typical subject has images.
+SELF_IMAGES = 4
+SELF_STEPS = 25
+SELF_GUIDANCE = 5.0
+
 Moments = Literal["none", "inputs", "inputs+outputs"]
 
 

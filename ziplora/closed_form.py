@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ziplora.base import Base
 from ziplora.calibrate import Calibration
+from ziplora.closed_form_knobs import ClosedKnobs, MatrixKnobs
 from ziplora.lora import Layer, LoRA, Mergers, zipped
 from ziplora.merged import Merged, Pair
-from ziplora.methods import ClosedKnobs, MatrixKnobs
 from ziplora.module_names import input_of
 from ziplora.moments import accumulator, readers
 

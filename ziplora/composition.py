@@ -20,7 +20,7 @@ from ziplora.base import Base, Conditioning
 from ziplora.calibrate import Calibration, predictions
 from ziplora.lora import LoRA, touches_text_encoder
 from ziplora.merged import Pair
-from ziplora.methods import ComposedKnobs
+from ziplora.optimize_knobs import ComposedKnobs
 
 
 def combined_calibrations(base: Base, pairs: Sequence[Pair], knobs: ComposedKnobs) -> list[Calibration]:

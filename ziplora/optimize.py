@@ -27,7 +27,7 @@ from ziplora.composition import combined_calibrations
 from ziplora.descent import Descent, adam
 from ziplora.lora import Mergers, touches_text_encoder, zipped
 from ziplora.merged import Merged, Pair
-from ziplora.methods import ComposedKnobs, ZipLoRAKnobs
+from ziplora.optimize_knobs import ComposedKnobs, ZipLoRAKnobs
 
 
 def similarity_penalty(m_subject: Tensor, m_style: Tensor) -> Tensor:

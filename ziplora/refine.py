@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ziplora.base import Base
 from ziplora.closed_form import ColumnSolution, column_solution
+from ziplora.closed_form_knobs import RefinedKnobs
 from ziplora.descent import Descent, adam, whitened_lbfgs
 from ziplora.merged import Merged, Pair
-from ziplora.methods import RefinedKnobs
 from ziplora.optimize import Optimization
 
 

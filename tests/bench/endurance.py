@@ -20,9 +20,11 @@ from tests.random_loras import random_lora
 from tests.tiny import tiny_sdxl
 from ziplora.base import resident
 from ziplora.calibrate import calibrate
+from ziplora.calibration_settings import CalibrationSettings
 from ziplora.lora import LoRA
 from ziplora.merged import Pair
-from ziplora.methods import METHODS, CalibrationSettings, ZipLoRAKnobs
+from ziplora.methods import METHODS
+from ziplora.optimize_knobs import ZipLoRAKnobs
 from ziplora.sample import Request, sample_requests
 
 

@@ -22,11 +22,13 @@ from ziplora import pocket
 from ziplora.base import Base, load_base
 from ziplora.baseline_knobs import DareKnobs, NullSpaceKnobs, PruneKnobs, SvdKnobs, TiesKnobs
 from ziplora.calibrate import calibrate
+from ziplora.closed_form_knobs import ClosedKnobs
 from ziplora.diagnose import alignment, interference, sparsity, without_smallest
 from ziplora.formats import read_lora
 from ziplora.lora import LoRA, n_bytes
 from ziplora.merged import Pair
-from ziplora.methods import METHODS, ClosedKnobs, ZipLoRAKnobs
+from ziplora.methods import METHODS
+from ziplora.optimize_knobs import ZipLoRAKnobs
 from ziplora.plots import plot_dropped, plot_interference
 from ziplora.sample import Request, sample_requests
 from ziplora.score import load_clip, load_dino, score

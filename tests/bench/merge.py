@@ -44,10 +44,12 @@ from tests.bench.models import random_lora, random_pipeline
 from tests.bench.true_flops import true_size_flops
 from ziplora.base import resident
 from ziplora.calibrate import WEIGHT_ROWS, Calibration, calibrate, predictions
+from ziplora.calibration_settings import CalibrationSettings
 from ziplora.merged import Pair, Words
-from ziplora.methods import METHODS, CalibrationSettings, Method, ZipLoRAKnobs
+from ziplora.methods import METHODS, Method
 from ziplora.moments import recorded
 from ziplora.optimize import Optimization
+from ziplora.optimize_knobs import ZipLoRAKnobs
 
 STAGES = ("rates", "flops", "steps", "k", "memory", "methods", "grid", "endurance")
 PROMPTS = ("a photo of sks dog", "a house in szn style")

@@ -18,10 +18,11 @@ from torch import Tensor
 from ziplora import pocket
 from ziplora.base import load_base
 from ziplora.calibrate import Calibration, calibrate, derived_seed
+from ziplora.calibration_settings import CalibrationSettings
 from ziplora.formats import read_lora
 from ziplora.lora import LoRA, digest, scaled
 from ziplora.merged import Instances, Merged, Pair, Pictures, Words
-from ziplora.methods import METHODS, CalibrationSettings
+from ziplora.methods import METHODS
 from ziplora.optimize import batch, reconstruction, student_conditioning
 from ziplora.pocket import Concept, world
 from ziplora.pocket.recognise import Recogniser

@@ -33,8 +33,8 @@ from ziplora.formats import save_kohya
 from ziplora.layouts import inspect_file
 from ziplora.lora import LoRA, stacked
 from ziplora.merged import Pair
-from ziplora.methods import ZipLoRAKnobs
 from ziplora.optimize import Optimization
+from ziplora.optimize_knobs import ZipLoRAKnobs
 from ziplora.slots import Slots
 
 
