@@ -130,7 +130,7 @@ def _print_method(name: str, rows: dict[str, str]) -> None:
 @click.command()
 def schema() -> None:
     """The JSON schema of a manifest, for editors that check YAML."""
-    from service.manifest_file import manifest_schema
+    from service.manifest_schema import manifest_schema
 
     click.echo(json.dumps(manifest_schema(), indent=2))
 

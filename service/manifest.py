@@ -20,12 +20,7 @@ from service.choose import BEST
 from service.errors import ManifestError, NotFound, StorageError
 from service.jobs import Role, SamplePrompt, template_problem
 from service.locations import is_pattern, matches, resolve_location
-from service.manifest_file import (
-    DEFAULT_METHOD,
-    ManifestFile,
-    SamplesSection,
-    ScorerSection,
-    ScoresSection,
+from service.manifest_checks import (
     check_best,
     check_file,
     check_knobs,
@@ -34,6 +29,7 @@ from service.manifest_file import (
     check_text,
     check_training,
 )
+from service.manifest_file import DEFAULT_METHOD, ManifestFile, SamplesSection, ScorerSection, ScoresSection
 from service.pairs import choose_pairs
 from service.scorer_files import Kind
 from service.storage import split_location

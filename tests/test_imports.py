@@ -15,7 +15,12 @@ OWNERS = {
     "s3transfer": {"service/s3.py"},
     "prometheus_client": {"service/metrics.py"},
     "yaml": {"service/kustomize.py", "service/yaml_text.py"},
-    "pydantic": {"service/manifest_file.py", "service/worker.py"},  # where knobs enter the manifest, and the worker
+    "pydantic": {
+        "service/manifest_checks.py",
+        "service/manifest_file.py",
+        "service/manifest_schema.py",
+        "service/worker.py",  # where knobs enter it
+    },
     "pyarrow": {"service/index.py", "service/index_rows.py"},
     "click": {
         "service/cli.py",

@@ -10,7 +10,8 @@ import pytest
 
 from service.errors import ManifestError
 from service.manifest import parse_manifest, read_manifest
-from service.manifest_file import SamplesSection, SchedulerName, TrainingSection, manifest_schema
+from service.manifest_file import SamplesSection, SchedulerName, TrainingSection
+from service.manifest_schema import manifest_schema
 from ziplora.methods import METHODS
 from ziplora.train_settings import TrainSettings
 
