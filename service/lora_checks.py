@@ -14,7 +14,8 @@ from service.errors import BadInput, NotFound, StorageError
 from service.images import MAX_BYTES, check_image
 from service.inputs import DigestCache, open_input
 from service.jobs import ImageRef, TrainJob
-from service.manifest import LoRASpec, Manifest
+from service.manifest import Manifest
+from service.manifest_specs import LoRASpec
 from service.steps import Steps, parallel
 from ziplora.errors import LoRAError
 from ziplora.layouts import ModuleKeys, ParsedLoRA, check_shapes, component, is_target, parse, read_header

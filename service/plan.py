@@ -30,7 +30,8 @@ from service.jobs import (
     shows_pair,
 )
 from service.lora_checks import CheckedLoRA, check_loras, trained_modules, trigger_of
-from service.manifest import LoRASpec, Manifest
+from service.manifest import Manifest
+from service.manifest_specs import LoRASpec
 from service.memory import memory_of
 from service.scorer_files import read_scorer
 from service.steps import Steps

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from service.entry import Entry
 from service.errors import BadInput, StorageError
-from service.manifest import LoRASpec, read_manifest
+from service.manifest import read_manifest
+from service.manifest_specs import LoRASpec
 from service.storage import Store, split_location
 from service.study import Question
 from service.thumbnails import thumbnail
