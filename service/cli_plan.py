@@ -24,7 +24,9 @@ def plan(manifest: str, output: str | None, as_json: bool, download: bool) -> No
     """Check MANIFEST and every file it names, and say what a run would do. Needs neither GPU nor Ray."""
     planned, _ = make_plan(manifest, output, download)
     if as_json:
-        click.echo(json.dumps(planned.to_json(), indent=2))
+        from service.plan_json import plan_json
+
+        click.echo(json.dumps(plan_json(planned), indent=2))
     else:
         print_plan(planned)
     planned.check()

@@ -11,7 +11,7 @@ SHOWN = 12  # lines of each kind
 
 
 def summary_lines(plan: Plan) -> Iterator[str]:
-    """The plan in plain text, long lists cut; all of it is in `Plan.to_json`, its problems in `Plan.check`."""
+    """The plan in plain text, long lists cut; all of it is in plan_json.py, its problems in `Plan.check`."""
     n_left = len(plan.left)
     if plan.base:
         base = plan.base

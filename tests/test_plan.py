@@ -16,6 +16,7 @@ from service.jobs import from_json, identity, to_json
 from service.lora_checks import derived_trigger
 from service.manifest import read_manifest
 from service.plan import Plan, plan
+from service.plan_json import plan_json
 from service.plan_text import summary_lines
 from tests.lora_files import lora_file, random_lora, shapes_of
 from tests.tiny import tiny_sd15, tiny_sdxl
@@ -160,7 +161,7 @@ def test_summary(place):
 
 
 def test_json(place):
-    found = json.loads(json.dumps(planned(place).to_json(), allow_nan=False))
+    found = json.loads(json.dumps(plan_json(planned(place)), allow_nan=False))
     assert found["counts"] == {"jobs": 6, "committed": 0, "left": 6}
     assert found["loras"][0]["layout"] == "kohya-sgm"
     assert found["loras"][0]["ranks"] == [4, 4]
@@ -398,7 +399,7 @@ def test_what_is_to_be_trained_is_said_with_its_cost(place):
     assert "trains    subjects.dog on 1 images: rank 4, 1000 steps of 1, lr 5e-05\n" in text
     assert "takes" in text
     assert ": training " in text
-    assert [one["trained"] for one in found.to_json()["trainings"]] == [False]
+    assert [one["trained"] for one in plan_json(found)["trainings"]] == [False]
     dog, _ = planned(place).jobs[0], found.jobs[0]
     assert found.n_bytes.merged == pytest.approx(planned(place).n_bytes.merged, rel=0.01)  # of rank 4, as the file is
     assert {job.subject.lora_sha256 for job in found.jobs if job.subject.id == "dog"} == {found.trainings[0].job_id}

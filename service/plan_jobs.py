@@ -1,0 +1,69 @@
+"""The jobs of a manifest: the grid × methods × seeds, each with everything that changes its result."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from service.base_files import BaseFiles
+from service.best import sampled_by, trains
+from service.choose import BEST
+from service.jobs import Architecture, BaseRef, Concept, Job, SampleSettings, Scorers
+from service.lora_checks import CheckedLoRA, trigger_of
+from service.manifest import Manifest
+
+GUIDANCE: dict[Architecture, float] = {"sdxl": 5.0, "sd15": 7.5}  # the defaults of diffusers' pipelines
+
+
+def jobs_of(
+    manifest: Manifest, base: BaseRef, loras: Iterable[CheckedLoRA], samples: SampleSettings, scorers: Scorers
+) -> Iterator[Job]:
+    """Method by method and seed by seed, the grid in its order; pairs with a LoRA that cannot be used are left out."""
+    concepts = {(lora.spec.role, lora.spec.id): _concepts(lora, manifest.output) for lora in loras if not lora.problems}
+    priorities = {(lora.role, lora.id): lora.priority for lora in (*manifest.subjects, *manifest.styles)}
+    for merge in manifest.merges:
+        own = samples if merge.method == BEST else sampled_by(merge.method, samples)
+        for seed in merge.seeds:
+            for subject_id, style_id in manifest.pairs:
+                subject, style = concepts.get(("subject", subject_id)), concepts.get(("style", style_id))
+                if subject and style:
+                    both = subject.of(merge.method), style.of(merge.method)
+                    priority = priorities["subject", subject_id] + priorities["style", style_id]
+                    yield Job(base, *both, merge.method, merge.knobs, seed, own, manifest.outputs, scorers, priority)
+
+
+@dataclass(frozen=True, slots=True)
+class _Concepts:
+    """One subject or style, as the methods see it: with its LoRA, and with no more than its pictures."""
+
+    merged: Concept
+    pictured: Concept
+
+    def of(self, method: str) -> Concept:
+        return self.pictured if trains(method) else self.merged
+
+
+def _concepts(lora: CheckedLoRA, output: str) -> _Concepts:
+    spec, trained = lora.spec, lora.training is not None
+    trigger, _ = trigger_of(lora)
+    location = f"{output}/loras/{lora.sha256}" if trained else spec.lora
+    return _Concepts(
+        Concept(
+            spec.id, spec.role, location, lora.sha256, spec.prompt, trigger, lora.images, spec.weight, trained=trained
+        ),
+        Concept(spec.id, spec.role, "", "", spec.prompt, trigger, lora.images, captions=lora.captions),
+    )
+
+
+def sample_settings(manifest: Manifest, base: BaseFiles) -> SampleSettings:
+    spec = manifest.samples
+    width, height = spec.size or (base.default_size, base.default_size)
+    return SampleSettings(
+        prompts=spec.prompts,
+        seeds=spec.seeds,
+        steps=spec.steps,
+        guidance=GUIDANCE[base.architecture] if spec.guidance is None else spec.guidance,
+        width=width,
+        height=height,
+        scheduler=spec.scheduler,
+        negative=spec.negative,
+        style_strengths=spec.style_strengths,
+    )
