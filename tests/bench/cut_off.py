@@ -189,8 +189,6 @@ def _cut(scene: Scene, to_heal: Callable[[float], bool] | None = None) -> dict[s
     scene.seen, scene.progress = found_by(scene, "driver")
     check(scene)
     gone = scene.of(events.WorkerGone)
-    objects = [found.key.split("/") for found in scene.catalog.store.list("pairs/")]
-    attempts = {(key[1], key[2]) for key in objects if key[2] != "entry.json"}
     return {
         "machines with a worker": NODES - 1,
         "committed when the machine was cut off": at,
@@ -200,5 +198,4 @@ def _cut(scene: Scene, to_heal: Callable[[float], bool] | None = None) -> dict[s
         "workers lost": len(gone),
         "attempts that failed": [f"{event.kind}: {event.reason}" for event in failures(scene)],
         "committed by the machine that was cut off, and found": sum(e.already for e in scene.of(events.JobCommitted)),
-        "attempts that left objects": len(attempts),
     }

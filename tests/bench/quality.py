@@ -85,8 +85,8 @@ def sweep_variants() -> list[str]:
 
 
 def composition_variants() -> list[str]:
-    """Settings fixed before there were any results. ziplora with 150 steps has as many passes as ziplora-composed, which
-    has a third term; what differs of the closed forms is H, the weights of the outputs."""
+    """Settings fixed before there were any results. ziplora with 150 steps has as many passes as ziplora-composed,
+    which has a third term; what differs of the closed forms is H, the weights of the outputs."""
     return [
         "direct",
         "ziplora",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class Scene:
     limits: Limits = LIMITS
     at: list[tuple[float, Callable[[], None]]] = field(default_factory=list)  # share committed → what happens then
     actors: Callable[[], list[int]] = actors  # processes of workers that live
+    garbage: int = 0  # attempts and half-written files that killed processes left, see `check`
     # its thread lives as long as the scene: what it starts with `end_with_parent` ends with the thread, not the process
     beside: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
 
@@ -120,7 +122,8 @@ def failures(scene: Scene) -> list[events.JobFailed]:
 
 def check(scene: Scene, given_up: frozenset[str] = frozenset(), before: frozenset[str] = frozenset()) -> None:
     """Every job is committed once, or given up for what it did; attempts are those that were seen to fail and one more;
-    no actor and no half-written file is left. `before`: committed by an earlier run."""
+    no actor is left, and no file but what killed processes were writing, which `ziplora gc` takes. `before`: committed
+    by an earlier run."""
     ids = {job.job_id for job in scene.jobs}
     catalog = scene.catalog
     assert catalog.committed() == ids - given_up
@@ -137,7 +140,13 @@ def check(scene: Scene, given_up: frozenset[str] = frozenset(), before: frozense
     wait_until(lambda: not scene.actors(), PATIENCE_S)
     left = [path for path in scene.root.rglob("*.part") if path.is_file()]
     assert not left, left
+    garbage = catalog.garbage(now=datetime.now(UTC) + timedelta(days=2))
+    scene.garbage = len(garbage)
+    assert all(gone for _, gone in catalog.collect(garbage))
     assert not list(catalog.store.unfinished())
+    attempts = {tuple(found.key.split("/")[1:3]) for found in catalog.store.list("pairs/")}
+    assert len(attempts) == len(ids - given_up), "an attempt is left that no entry names"
+    assert not [checked for checked in catalog.verify() if checked.problem], "an object is not as its entry promises"
 
 
 # The stage
