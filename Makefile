@@ -10,7 +10,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-composition bench-gallery bench-study bench-care bench-inside bench-best bench-resume bench-simulation bench-chaos bench-faults bench-no-op bench-overlap bench-scrape check-alerts client clean
+.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-composition bench-gallery bench-study bench-care bench-inside bench-best bench-resume bench-simulation bench-chaos bench-faults bench-no-op bench-overlap bench-scrape bench-pods check-alerts client clean
 
 venv: $(VENV)/.ready
 
@@ -114,6 +114,10 @@ bench-overlap: venv swift
 # a real Prometheus scrapes a run (Debian: apt install prometheus)
 bench-scrape: venv
 	$(BIN)/python -m tests.bench.scrape $$(which prometheus) $$(which promtool)
+
+# what the pods of a rendered manifest would run, in namespaces: as root (Debian: apt install prometheus iproute2)
+bench-pods: venv swift
+	$(BIN)/python -m tests.bench.pods
 
 # promtool comes with Prometheus (Debian: apt install prometheus)
 check-alerts: venv
