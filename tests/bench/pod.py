@@ -46,7 +46,9 @@ class Container:
         return []
 
     def command(self) -> str:
-        return " ".join(psutil.Process(self.pid).cmdline())
+        """As `ps` has it, without this machine's places."""
+        places = re.escape(str(BIN))
+        return re.sub(rf"({places}/python\S* )?{places}/", "", " ".join(psutil.Process(self.pid).cmdline()))
 
     def send(self, number: signal.Signals) -> None:
         if self.outer.poll() is None:
@@ -228,7 +230,11 @@ def forwarded(port: int, target: int) -> None:
     def accept() -> None:
         while True:
             client, _ = listener.accept()
-            server = socket.create_connection(("127.0.0.1", target))
+            try:
+                server = socket.create_connection(("127.0.0.1", target))
+            except OSError:
+                client.close()  # as a server that is gone
+                continue
             for ends in ((client, server), (server, client)):
                 threading.Thread(target=pump, args=ends, daemon=True).start()
 

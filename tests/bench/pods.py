@@ -22,10 +22,12 @@ import time
 import urllib.error
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import yaml
 
 from service.catalog import Catalog
@@ -55,6 +57,7 @@ from tests.bench.scraped import Prometheus
 RESULT = Path(__file__).parent / "results" / "pods.json"
 TOKEN = "f00dfeed" * 8
 SECRET_KEY = "c0ffee42" * 5  # words that nothing else has
+REGION = "pods-1"  # not the one that is assumed when none is given
 NAMESPACE, S3 = "grids", "s3.storage.svc.cluster.local"
 SECRETS = {
     "ziplora-ray-token": {"auth_token": TOKEN},
@@ -62,9 +65,10 @@ SECRETS = {
         "AWS_ACCESS_KEY_ID": swift_node.ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_ENDPOINT_URL_S3": f"http://{S3}:9000",
-        "AWS_REGION": swift_node.REGION,
+        "AWS_REGION": REGION,
     },
 }
+RENDERED_WITH = {"overlay": "cpu-smoke", "workers": 2, "namespace": NAMESPACE, "via": "s3://grids/inputs"}
 WEIGHTS = ROOT / "ziplora/pocket/weights"
 MANIFEST = """\
 base: base
@@ -75,7 +79,7 @@ styles:
   ice: {lora: styles/ice/ice.safetensors, prompt: a house in szn style, images: styles/ice/*.png}
   retro: {lora: styles/retro/retro.safetensors, prompt: a cat in szn style, images: styles/retro/*.png}
   arcade: {lora: styles/arcade/arcade.safetensors, prompt: a flower in szn style, images: styles/arcade/*.png}
-merge: {method: ziplora, steps: 20, seeds: [0, 1]}
+merge: {method: ziplora, steps: 20, seeds: [0, 1, 2, 3]}
 samples: {prompts: ["a {subject} in {style}"], steps: 4}
 output: s3://grids/catalog
 """
@@ -158,8 +162,7 @@ def drive(directory: Path, node: swift_node.SwiftNode) -> dict[str, Any]:
     manifest.write_text(MANIFEST)
     pods = directory / "pods"
     pods.mkdir()
-    wishes = {"overlay": "cpu-smoke", "workers": 2, "namespace": NAMESPACE, "via": "s3://grids/inputs"}
-    rendered = told("deploy", "render", manifest, *(f"--{name}={value}" for name, value in wishes.items()))
+    rendered = told("deploy", "render", manifest, *(f"--{name}={value}" for name, value in RENDERED_WITH.items()))
     (pods / "rendered.yaml").write_text(rendered)
     documents = list(yaml.safe_load_all(rendered))
     (job,) = [one for one in documents if one["kind"] == "RayJob"]
@@ -192,9 +195,16 @@ def drive(directory: Path, node: swift_node.SwiftNode) -> dict[str, Any]:
     n, empty, unknown = prometheus.ask_dashboard(job["metadata"]["name"])
     assert not unknown, unknown
     assert all(empty.values()), empty  # a query is without result because a metric has no series yet, or is wrong
-    figures["dashboard"] = {"queries": n, "with a result": n - len(empty), "no series in a run without faults": empty}
+    figures["dashboard"] = {
+        "queries": n,
+        "unknown metrics": unknown,
+        "unknown in a query of ziplora_jobz": prometheus.unknown(["sum(ziplora_jobz{})"]),
+        "with a result": n - len(empty),
+        "no series in a run without faults": empty,
+    }
+    assert figures["dashboard"]["unknown in a query of ziplora_jobz"] == ["ziplora_jobz"]
     pages |= prometheus.pages()
-    for path in ("/api/jobs/", "/nodes?view=details", "/api/v0/actors?detail=1", "/api/cluster_status"):
+    for path in ("/api/jobs/", "/nodes?view=summary", "/api/v0/actors?detail=true", "/api/cluster_status"):
         pages[path] = first.dashboard(path)
 
     say("drain")
@@ -242,7 +252,7 @@ def drive(directory: Path, node: swift_node.SwiftNode) -> dict[str, Any]:
         "objects": len(checked),
         "objects that are not as promised": sum(bool(one.problem) for one in checked),
         "given up": len(catalog.given_up()),
-        "objects without an entry": len(catalog.garbage(older_than_s=0)),
+        "garbage, of attempts that were cut off": len(catalog.garbage(now=datetime.now(UTC) + timedelta(days=30))),
     }
     assert figures["second attempt"]["state of the Ray job"] == "SUCCEEDED"
     assert {entry.job_id for entry in entries} == planned.keys()
@@ -314,6 +324,11 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
+def prometheus_version() -> str:
+    done = subprocess.run(["prometheus", "--version"], capture_output=True, text=True, check=True)
+    return (done.stdout + done.stderr).split()[2]
+
+
 def promtool(directory: Path) -> str:
     """Its last word on the tests of the alerts, where each fires and clears."""
     (directory / "rules.yml").write_text(told("deploy", "alerts"))
@@ -325,36 +340,46 @@ def promtool(directory: Path) -> str:
 
 
 def main() -> None:
-    if os.environ.get("ZIPLORA_PODS") != "inside":  # a network of its own, and processes that end with it
-        words = [
-            "unshare",
-            "-n",
-            "-p",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-            sys.executable,
-            "-m",
-            "tests.bench.pods",
-        ]
-        inside = {**os.environ, "ZIPLORA_PODS": "inside", "OMP_NUM_THREADS": "1"}
-        sys.exit(subprocess.run(words, env=inside, preexec_fn=killed_with_parent).returncode)
-    make_bridge()
+    """Makes and removes what is seen outside; the rest is in namespaces, and ends with the first process there."""
+    if inside := os.environ.get("ZIPLORA_PODS"):
+        return run(Path(inside))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     scratch = tempfile.TemporaryDirectory(prefix="pods-", ignore_cleanup_errors=True)
     with scratch as temporary, mount_points("/cache", "/etc/ziplora"):
-        directory = Path(temporary)
-        directory.chmod(0o755)
-        swift_node.FILTERS["tempauth"] = f"user_test_tester = {SECRET_KEY} .admin\n"
-        figures: dict[str, Any] = {"promtool test rules": promtool(directory)}
-        began = time.monotonic()
+        Path(temporary).chmod(0o755)
+        environment = {**os.environ, "ZIPLORA_PODS": temporary, "OMP_NUM_THREADS": "1"}
+        words = ["unshare", "-n", "-p", "--fork", "--kill-child", "--mount-proc"]
+        own = [sys.executable, "-m", "tests.bench.pods"]
+        bench = subprocess.Popen([*words, *own], env=environment, preexec_fn=killed_with_parent)
         try:
-            with swift_node.swift_node(directory / "swift") as node:
-                node.environment["AWS_SECRET_ACCESS_KEY"] = SECRET_KEY
-                figures |= drive(directory, node)
-        except BaseException:
-            for log in directory.rglob("stdout.log"):
-                print(f"--- {log.parent.name}\n{log.read_text()[-3000:]}", file=sys.stderr)
-            raise
+            code = bench.wait()
+        finally:  # when the first process of its namespace has ended, so have all others
+            for first in psutil.Process().children() if bench.poll() is None else []:
+                for process in first.children():
+                    process.kill()
+            bench.wait()
+    sys.exit(code)
+
+
+def run(directory: Path) -> None:
+    make_bridge()
+    swift_node.FILTERS["tempauth"] = f"user_test_tester = {SECRET_KEY} .admin\n"
+    swift_node.FILTERS["s3api"] = swift_node.FILTERS["s3api"].replace(swift_node.REGION, REGION)
+    figures: dict[str, Any] = {
+        "manifest": MANIFEST.splitlines(),
+        "options of deploy render": RENDERED_WITH,
+        "with": {"KubeRay's ways": "1.7.0", "swift": swift_node.SWIFT, "prometheus": prometheus_version()},
+        "promtool test rules": promtool(directory),
+    }
+    began = time.monotonic()
+    try:
+        with swift_node.swift_node(directory / "swift") as node:
+            node.environment |= {"AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_DEFAULT_REGION": REGION}
+            figures |= drive(directory, node)
+    except BaseException:
+        for log in directory.rglob("stdout.log"):
+            print(f"--- {log.parent.name}\n{log.read_text()[-3000:]}", file=sys.stderr)
+        raise
     figures["seconds"] = round(time.monotonic() - began)
     save(RESULT, figures)
     print(json.dumps(figures, indent=2, ensure_ascii=False))

@@ -94,15 +94,18 @@ class Prometheus:
         """(number of the dashboard's queries, those without a result with the metrics that have no series yet,
         metrics in them that no scrape has told of)."""
         queries = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
-        told = set(self.ask("metadata", limit="10000"))
         names = set(self.ask("label/__name__/values"))
-        empty, unknown = {}, []
+        empty = {}
         for query in queries:
-            metrics = {name.removesuffix("_total"): name for name in METRICS.findall(query)}
-            unknown += [name for short, name in metrics.items() if not {short, name} & told]
             if not self.ask("query", query=query.replace("$run", run).replace("$price", "2.5"))["result"]:
-                empty[query] = [name for name in metrics.values() if not {name, f"{name}_count"} & names]
-        return len(queries), empty, unknown
+                empty[query] = [name for name in METRICS.findall(query) if not {name, f"{name}_count"} & names]
+        return len(queries), empty, self.unknown(queries)
+
+    def unknown(self, queries: Sequence[str]) -> list[str]:
+        """Metrics in them that no scrape has told of."""
+        told = set(self.ask("metadata", limit="10000"))
+        asked = {name for query in queries for name in METRICS.findall(query)}
+        return sorted(name for name in asked if not {name, name.removesuffix("_total")} & told)
 
     def pages(self) -> dict[str, bytes]:
         """What the pods' metrics ports say, and what Prometheus keeps of it."""
