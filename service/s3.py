@@ -301,8 +301,10 @@ def _client(attempts: int, environment: tuple[tuple[str, str], ...]) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
+    # AWS_REGION is what other SDKs and the pods of EKS have; boto3 alone goes by AWS_DEFAULT_REGION
+    region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
     try:
-        return session.client("s3", region_name=session.region_name or "us-east-1", config=config)
+        return session.client("s3", region_name=region, config=config)
     except ValueError as error:
         raise StorageError(f"{error}: write AWS_ENDPOINT_URL_S3 as http://host:port or https://host") from error
 

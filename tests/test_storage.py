@@ -388,6 +388,17 @@ class TestS3:
         with pytest.raises(StorageError, match="http://host:port"):
             open_store("s3://bucket").probe()
 
+    def test_the_region_comes_from_either_variable(self, swift: Swift, monkeypatch: pytest.MonkeyPatch) -> None:
+        def signed_for() -> str:
+            return open_store("s3://bucket").link("x", 60, "x").split("X-Amz-Credential=")[1].split("%2F")[2]
+
+        assert signed_for() == swift.environment["AWS_DEFAULT_REGION"]
+        monkeypatch.setenv("AWS_REGION", "mars-1")
+        assert signed_for() == "mars-1"
+        monkeypatch.delenv("AWS_DEFAULT_REGION")
+        monkeypatch.delenv("AWS_REGION")
+        assert signed_for() == "us-east-1"
+
     def test_a_profile_that_does_not_exist(self, swift: Swift, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_PROFILE", "nobody")
         for act in (lambda s: s.probe(), lambda s: list(s.list()), lambda s: s.get("x")):
