@@ -22,7 +22,13 @@ def deploy() -> None:
 @click.option("--namespace", help="Written into every document.")
 @click.option("--output", help="Catalog to use instead of the manifest's.")
 @click.option("--via", metavar="S3_URL", help="Put manifest and files there, for the pods to fetch.")
-@click.option("--with", "extras", multiple=True, help="One of deploy/kustomize/options: models-pvc, models-image.")
+@click.option(
+    "--with",
+    "extras",
+    multiple=True,
+    metavar="NAME[=VALUE]",
+    help="One of deploy/kustomize/options: models-pvc[=CLAIM], models-image[=IMAGE].",
+)
 @click.option("--address", metavar="URL", help="For existing-cluster: the cluster's http://HEAD-SVC:8265.")
 def render(
     manifest: str,

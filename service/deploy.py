@@ -24,7 +24,8 @@ PER_RUN = ("RayJob", "Job", "ConfigMap", "PodDisruptionBudget")  # the others ar
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What is asked for. `manifest_url`: where it lies in object storage; None: it goes into a ConfigMap. `run_options`
-    are those of `ziplora run`; `address` is for existing-cluster alone."""
+    are those of `ziplora run`; `address` is for existing-cluster alone; `options` are `NAME` or `NAME=VALUE`, the claim
+    or image that is meant."""
 
     overlay: str
     manifest_url: str | None = None
@@ -50,15 +51,26 @@ def rendered(manifest: Manifest, wanted: Wanted, root: Path = KUSTOMIZE) -> list
     _check(manifest, wanted)
     documents = build(root / "overlays" / wanted.overlay)
     for option in wanted.options:
-        known = sorted(path.name for path in (root / "options").glob("*/"))
-        if option not in known:
-            raise BadInput(unknown(f"unknown option {option}", known, option))
-        documents = patched(documents, root / "options" / option)
+        documents = _with(option, documents, root / "options")
     name = run_name(manifest.digest, open_store(wanted.output or manifest.output).url)
     if wanted.manifest_url:
         documents = [document for document in documents if document["kind"] != "ConfigMap"]
     for document in documents:
         _fill_in(document, manifest, wanted, name)
+    return documents
+
+
+def _with(option: str, documents: list[Document], root: Path) -> list[Document]:
+    name, _, value = option.partition("=")
+    known = sorted(path.name for path in root.glob("*/"))
+    if name not in known:
+        raise BadInput(unknown(f"unknown option {name}", known, name))
+    if not any(document["kind"] == "RayJob" for document in documents):
+        raise BadInput(f"--with {name} is for overlays that make a cluster: an existing one has its own volumes")
+    documents = patched(documents, root / name)
+    for field in ("claimName", "reference") if value else ():
+        for volume in _mappings(documents, field):
+            volume[field] = value
     return documents
 
 

@@ -212,6 +212,20 @@ def test_models_may_come_from_a_volume(tmp_path: Path) -> None:
         )
 
 
+def test_whose_volume_or_image_is_said_with_the_option(tmp_path: Path) -> None:
+    for option, path in (
+        ("models-pvc=weights", ("persistentVolumeClaim", "claimName")),
+        ("models-image=registry/sdxl:1", ("image", "reference")),
+    ):
+        job = documents("gpu", tmp_path, options=(option,))["RayJob"]
+        assert problems(job) == []
+        for pod in (HEAD, WORKER):
+            (volume,) = [one for one in at(job, *pod, "volumes") if one["name"] == "models"]
+            assert at(volume, *path) == option.partition("=")[2]
+    with pytest.raises(BadInput, match="--with models-pvc is for overlays that make a cluster"):
+        documents("existing-cluster", tmp_path, options=("models-pvc",))
+
+
 def test_what_pods_would_not_find_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"unknown overlay gpus; did you mean gpu\? known: cpu-smoke"):
         documents("gpus", tmp_path)
@@ -295,7 +309,7 @@ def test_alerts_ask_for_what_is_exported_and_have_a_section_each_in_the_runbook(
     (rule,) = build(KUSTOMIZE / "monitoring")[-1:]
     runbook = (DEPLOY / "README.md").read_text()
     alerts = [one for group in rule["spec"]["groups"] for one in group["rules"]]
-    assert len(alerts) == 5
+    assert len(alerts) == 6
     for alert in alerts:
         check_query(alert["expr"])
         assert f"### {alert['alert']}\n" in runbook
