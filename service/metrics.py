@@ -19,6 +19,8 @@ from service.errors import ServiceError
 
 ALIGNMENT_BUCKETS = tuple(n / 20 for n in range(-10, 21))  # cosines; what lies below −0.5 goes into the first
 RATE_S = 300.0  # window of the rate of pairs
+FAILURES = ("Unavailable", "AccessDenied", "StoreFull", "NotFound", "Corrupted")  # kinds, as in service/errors.py
+FAILURES += ("BadInput", "OutOfMemory", "WorkerLost", "DeadlineExceeded")
 STAGE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
 
 
@@ -120,6 +122,10 @@ class Metrics:
         )
         self.started = Gauge("ziplora_run_start_time_seconds", "Unix time at which the run started.", registry=registry)
         Info("ziplora_build", "Version of this program.", registry=registry).info({"version": version})
+        for kind in FAILURES:  # from the start: in a series that begins at 1, queries see no increase
+            self.attempts.labels(kind)
+            self.returns.labels(kind)
+            self.given_up.labels(kind)
         self._states: dict[str, int] = dict.fromkeys(("left", "running", "committed", "given_up"), 0)
         for state in self._states:
             self.jobs.labels(state).set_function(lambda state=state: self._states[state])  # type: ignore[misc]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service import events
+from service import errors, events
 from service.jobs import TrainJob
 from service.messages import TileDone
-from service.metrics import Metrics
+from service.metrics import FAILURES, Metrics
 from tests.test_tiles import job
 
 TABLE = Path(__file__).parent.parent / "deploy/METRICS.md"
@@ -86,6 +86,18 @@ def test_a_run_in_figures() -> None:
         "ziplora_build_info 1.2.3": 1,
     }
     assert {name: found[name] for name in expected} == expected
+
+
+def test_every_kind_of_failure_has_its_series_from_the_start() -> None:
+    """A query for the increase of a series that begins at 1 finds none: the alerts would not fire."""
+    known = {
+        name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, errors.ServiceError)
+    }
+    ends_no_attempt = {"ServiceError", "StorageError", "JobError", "ManifestError", "RunStopped", "AlreadyCommitted"}
+    assert set(FAILURES) == known - ends_no_attempt
+    begun = values(Metrics("1.2.3"))
+    for name in ("attempts", "returns", "given_up"):
+        assert all(begun[f"ziplora_{name}_total {kind}"] == 0 for kind in FAILURES)
 
 
 def test_the_table_lists_exactly_what_is_exported() -> None:
