@@ -4,6 +4,7 @@ errs on the small side does no harm, see boards.py; one that errs on the large s
 from collections.abc import Callable
 from math import prod
 
+from service.best import candidates
 from service.cost import Shapes, applied_to, level_of, levels_of
 from service.jobs import Job
 from ziplora.methods import METHODS
@@ -23,7 +24,8 @@ def memory_of(shapes: Shapes, default_size: int, factor: int, value_bytes: int =
     def need(job: Job) -> int:
         key = (job.method, id(job.knobs), id(job.samples))  # the jobs of a merge share these
         if key not in known:
-            known[key] = int(weights + CONTEXT_BYTES + max(merging(job), sampling(job)))
+            most = max(max(merging(one), sampling(one)) for one in candidates(job))
+            known[key] = int(weights + CONTEXT_BYTES + most)
         return known[key]
 
     def merging(job: Job) -> float:

@@ -20,4 +20,6 @@ def test_sdxl_keeps_5_gib_of_a_row_at_1024(sdxl_shapes: dict[str, tuple[int, ...
     need = memory_of(sdxl_shapes, 1024, 8)
     assert need(optimised) == pytest.approx((4.8 + 1 + 2 * 5.2) * GIB, rel=0.05)  # weights, CUDA, both terms of Eq. 3
     assert need(one) < 8 * GIB  # no way back
+    tried = [{"method": "direct", "knobs": {}}, {"method": "ziplora", "knobs": {"steps": 100}}]
+    assert need(dataclasses.replace(one, method="best", knobs={"of": tried})) == need(optimised)
     assert memory_of(sdxl_shapes, 512, 8)(optimised) < 10 * GIB
