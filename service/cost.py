@@ -14,6 +14,7 @@ from service.best import candidates, method_names, trains
 from service.jobs import Concept, Job, SampleSettings, TrainJob
 from ziplora.calibration_settings import SELF_IMAGES, SELF_STEPS, CalibrationSettings
 from ziplora.layouts import ModuleKeys, is_target
+from ziplora.merge_flop import Ranks
 from ziplora.methods import METHODS
 from ziplora.module_names import input_of
 
@@ -21,7 +22,7 @@ TOKENS = 77  # CLIP's prompt length
 DEVICE_FLOPS = 0.4 * 989e12  # 40 % of an H100's dense bf16 rate, as reached by diffusion models in practice
 DEVICE = "one H100 at 40 % of its bf16 rate"
 BACKWARD = 2.18  # merged forward and backward to the mergers only, in base forwards: 14.73 / 6.76 TFLOP at 1024²
-SOLVER_FLOPS = 10e12  # factorising in fp32, without its tensor cores
+SOLVER_FLOPS = 10e12  # of a merge's own algebra: fp32, without its tensor cores
 WEIGHT_CALLS = 8 * 3.2  # UNet calls' worth of ziplora.calibrate.WEIGHT_ROWS forward and backward passes
 SELF_CALLS = SELF_IMAGES * SELF_STEPS * 2  # UNet calls where a LoRA has no images: with and without the prompt
 PRIOR_CALLS = 25 * 2  # UNet calls for a picture of ziplora.train.sample_prior
@@ -152,13 +153,22 @@ def moments_flop(shapes: Shapes, height: int, width: int) -> float:
     )
 
 
-def solver_flop(shapes: Shapes, solver: str | None) -> float:
-    """Operations of a pair's closed form, nearly all in Cholesky factors, k³/3: of both LoRAs' columns together for
-    each target, or of each distinct input."""
-    targets = {path: shape[1] for path, shape in shapes.items() if is_target(path)}
-    if solver == "column":
-        return sum((2 * width) ** 3 / 3 for width in targets.values())
-    return sum(width**3 / 3 for width in {input_of(p): w for p, w in targets.items()}.values()) if solver else 0.0
+def text_flop(shapes: Shapes) -> float:
+    """Operations of one prompt through all text encoders."""
+    total = 0.0
+    for path, shape in shapes.items():
+        if path.startswith("text_encoder") and "embedding" not in path:
+            total += 2.0 * prod(shape) * TOKENS + (4.0 * TOKENS**2 * shape[0] if path.endswith("q_proj") else 0.0)
+    return total
+
+
+def merge_flop(job: Job, shapes: Shapes, ranks: Ranks) -> float:
+    """Operations of a pair's merge beside model passes; `ranks` of both LoRAs."""
+    method = METHODS[job.method]
+    if method.flop is None:
+        return 0.0
+    targets = {path: (shape[0], shape[1]) for path, shape in shapes.items() if is_target(path)}
+    return method.flop(targets, ranks, method.knobs(**job.knobs))
 
 
 def level_of(path: str, levels: int) -> int:
@@ -178,11 +188,14 @@ def applied_to(path: str, positions: int) -> int:
     return 1 if "time_emb" in path or "add_embedding" in path else positions
 
 
-def time_of(jobs: Iterable[Job], shapes: Shapes, default_size: int, factor: int) -> Duration:
+def time_of(
+    jobs: Iterable[Job], modules: Mapping[str, Modules], shapes: Shapes, default_size: int, factor: int
+) -> Duration:
     """A guess from operation counts: calibration once per LoRA, then merge and samples of each job.
 
-    `default_size` in pixels, `factor` pixels per latent.
+    `modules` by sha256 of the LoRA, `default_size` in pixels, `factor` pixels per latent.
     """
+    known_ranks = {digest: max((keys.rank for keys in lora.values()), default=0) for digest, lora in modules.items()}
 
     @cache
     def flop(width: int, height: int) -> float:
@@ -198,14 +211,17 @@ def time_of(jobs: Iterable[Job], shapes: Shapes, default_size: int, factor: int)
         return total + (WEIGHT_CALLS * call if settings.moments == "inputs+outputs" else 0.0)
 
     observed: dict[tuple[Concept, CalibrationSettings], float] = {}
-    merging: dict[tuple[str, int, int], tuple[CalibrationSettings | None, float]] = {}  # jobs of a merge share knobs
+    captions: dict[tuple[str, int], int] = {}  # jobs of a merge share knobs
+    merging: dict[tuple[str, int, int, Ranks], tuple[CalibrationSettings | None, float]] = {}
     merge = sample = 0.0
     for job in (candidate for one in jobs for candidate in candidates(one)):
-        key = (job.method, id(job.knobs), job.seed)
+        ranks = known_ranks.get(job.subject.lora_sha256, 0), known_ranks.get(job.style.lora_sha256, 0)
+        key = (job.method, id(job.knobs), job.seed, ranks)
         if key not in merging:
             settings = calibration_of(job)
             side = (settings and settings.size) or job.knobs.get("size") or default_size
-            merging[key] = settings, _merge_s(job, flop(side, side), shapes)
+            merging[key] = settings, _merge_s(job, flop(side, side), shapes, ranks)
+            captions[key[:2]] = METHODS[job.method].captions(METHODS[job.method].knobs(**job.knobs))
         settings, merge_s = merging[key]
         merge += merge_s
         if settings:
@@ -214,7 +230,7 @@ def time_of(jobs: Iterable[Job], shapes: Shapes, default_size: int, factor: int)
         calls = job.samples.steps * (2 if job.samples.guidance > 1 else 1)
         sample += job.samples.n_images * calls * flop(job.samples.width, job.samples.height)
     return Duration(
-        sum(observed.values()) / DEVICE_FLOPS,
+        (sum(observed.values()) + sum(captions.values()) * text_flop(shapes)) / DEVICE_FLOPS,
         merge,
         sample / DEVICE_FLOPS,
         f"a guess from operation counts, on {DEVICE}, without loading and uploading",
@@ -236,12 +252,12 @@ def training_s(trainings: Iterable[TrainJob], shapes: Shapes, default_size: int,
     return total / DEVICE_FLOPS
 
 
-def _merge_s(job: Job, call: float, shapes: Shapes) -> float:
+def _merge_s(job: Job, call: float, shapes: Shapes, ranks: Ranks) -> float:
     """Seconds of one pair's merge; `call` in operations of a UNet call at its size."""
     method = METHODS[job.method]
     passes = method.passes(method.knobs(**job.knobs))
     model = (passes.backward * BACKWARD + passes.forward) * call
-    return model / DEVICE_FLOPS + solver_flop(shapes, method.solver) / SOLVER_FLOPS
+    return model / DEVICE_FLOPS + merge_flop(job, shapes, ranks) / SOLVER_FLOPS
 
 
 def time_from(stages: Sequence[Mapping[str, float]], n_jobs: int) -> Duration:

@@ -14,7 +14,7 @@ from typing import Any
 
 from service.base_files import BaseFiles, read_base
 from service.catalog import Catalog
-from service.cost import Bytes, Duration, bytes_of, time_from, time_of, training_s
+from service.cost import Bytes, Duration, Modules, bytes_of, time_from, time_of, training_s
 from service.errors import Corrupted, ManifestError, NotFound, ServiceError, StorageError
 from service.inputs import DigestCache
 from service.jobs import Job, ScorerRef, Scorers, TrainJob
@@ -126,7 +126,7 @@ def plan(
         problems=(*problems, *unlisted),
         defaulted=tuple(defaulted),
         n_bytes=bytes_of(left, modules, targets),
-        duration=_duration(left, stages, base, _needed(trainings, trained, left)),
+        duration=_duration(left, modules, stages, base, _needed(trainings, trained, left)),
         trainings=trainings,
         trained=trained,
     )
@@ -198,6 +198,7 @@ def _catalog(manifest: Manifest, jobs: Sequence[Job]) -> tuple[set[str], list[Ma
 
 def _duration(
     left: Sequence[Job],
+    modules: Mapping[str, Modules],
     stages: Sequence[Mapping[str, float]],
     base: BaseFiles | None,
     trainings: Sequence[TrainJob],
@@ -207,4 +208,4 @@ def _duration(
     train_s = training_s(trainings, base.shapes, base.default_size, base.size_step)
     if stages:
         return replace(time_from(stages, len(left)), train_s=train_s)
-    return replace(time_of(left, base.shapes, base.default_size, base.size_step), train_s=train_s)
+    return replace(time_of(left, modules, base.shapes, base.default_size, base.size_step), train_s=train_s)

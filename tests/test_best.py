@@ -123,7 +123,7 @@ def test_identity_and_cost(judged: Grid) -> None:  # noqa: F811
     base = planned(judged.manifest(**{**QUICK, "merge": MERGE})).base  # type: ignore[arg-type]
     assert base is not None
     alone = planned(judged.manifest(**{**QUICK, "merge": OF})).jobs  # type: ignore[arg-type]
-    both = [time_of(some, base.shapes, base.default_size, base.size_step) for some in ((job,), alone)]
+    both = [time_of(some, {}, base.shapes, base.default_size, base.size_step) for some in ((job,), alone)]
     assert both[0].total_s == pytest.approx(both[1].total_s)
 
 

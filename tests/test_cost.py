@@ -1,5 +1,6 @@
 """Bytes and operations of a plan, held against real files and against the figures known of SDXL."""
 
+from dataclasses import asdict, replace
 from math import prod
 
 import pytest
@@ -10,10 +11,11 @@ from service.cost import (
     Bytes,
     bytes_of,
     forward_flop,
+    merge_flop,
     merged_bytes,
     merger_bytes,
     moments_flop,
-    solver_flop,
+    text_flop,
     time_from,
     time_of,
 )
@@ -23,6 +25,8 @@ from tests.tiny import tiny_sdxl
 from ziplora.formats import write_kohya
 from ziplora.layouts import parse, read_header_bytes
 from ziplora.lora import stacked
+from ziplora.methods import METHODS
+from ziplora.optimize_knobs import ZipLoRAKnobs
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +62,22 @@ def test_operations_of_sdxl(sdxl_shapes):
 
 def test_time_of_one_pair_of_sdxl(sdxl_shapes):
     """The published run of 100 steps at 1024² is 2 × 14.73 TFLOP a step, and 100 teacher calls for each LoRA."""
-    duration = time_of([job(knobs=ziplora_knobs())], sdxl_shapes, 1024, 8)
+    duration = time_of([job(knobs=ziplora_knobs())], LORAS, sdxl_shapes, 1024, 8)
     assert duration.merge_s == pytest.approx(100 * 2 * 14.73e12 / (0.4 * 989e12), rel=5e-3)
     assert duration.calibrate_s == pytest.approx(200 * 6.76e12 / (0.4 * 989e12), rel=5e-3)
     assert duration.sample_s == pytest.approx(2 * 50 * 2 * 6.76e12 / (0.4 * 989e12), rel=5e-3)
-    twice = time_of([job(knobs=ziplora_knobs()), job(style="f", knobs=ziplora_knobs())], sdxl_shapes, 1024, 8)
+    twice = time_of([job(knobs=ziplora_knobs()), job(style="f", knobs=ziplora_knobs())], LORAS, sdxl_shapes, 1024, 8)
     assert twice.calibrate_s == pytest.approx(1.5 * duration.calibrate_s)
     assert twice.total_s == pytest.approx(1.5 * duration.calibrate_s + 2 * duration.merge_s + 2 * duration.sample_s)
 
 
 def test_loras_without_images_sample_their_own(sdxl_shapes):
-    without = time_of([job(images=(), knobs=ziplora_knobs())], sdxl_shapes, 1024, 8)
+    without = time_of([job(images=(), knobs=ziplora_knobs())], LORAS, sdxl_shapes, 1024, 8)
     assert without.calibrate_s == pytest.approx(2 * (100 + 200) * 6.76e12 / (0.4 * 989e12), rel=5e-3)
 
 
 def test_direct_merge_takes_no_calibration(sdxl_shapes):
-    duration = time_of([job(method="direct", knobs={})], sdxl_shapes, 1024, 8)
+    duration = time_of([job(method="direct", knobs={})], LORAS, sdxl_shapes, 1024, 8)
     assert (duration.calibrate_s, duration.merge_s) == (0, 0)
     assert duration.sample_s > 0
 
@@ -81,23 +85,57 @@ def test_direct_merge_takes_no_calibration(sdxl_shapes):
 def test_closed_forms_cost_recordings_and_a_little_algebra(sdxl_shapes):
     """5 TFLOP of Cholesky factors for columns, 0.2 for matrices; the moments add a seventh to a recorded call, at half
     the rate."""
-    assert solver_flop(sdxl_shapes, "column") == pytest.approx(5.3e12, rel=0.05)
-    assert solver_flop(sdxl_shapes, "matrix") == pytest.approx(0.17e12, rel=0.05)
+    assert merge_flop(job(method="ziplora-closed", knobs={}), sdxl_shapes, (64, 64)) == pytest.approx(5.3e12, rel=0.05)
+    assert merge_flop(job(method="ziplora-matrix", knobs={}), sdxl_shapes, (64, 64)) == pytest.approx(0.17e12, rel=0.05)
     assert moments_flop(sdxl_shapes, 128, 128) == pytest.approx(2 * 0.93e12, rel=0.05)
-    closed = time_of([job(method="ziplora-closed", knobs={})], sdxl_shapes, 1024, 8)
+    closed = time_of([job(method="ziplora-closed", knobs={})], LORAS, sdxl_shapes, 1024, 8)
     assert closed.merge_s == pytest.approx(0.53, rel=0.05)
     assert closed.calibrate_s == pytest.approx(2 * 16 * (6.76e12 + 1.86e12) / (0.4 * 989e12), rel=0.01)
-    matrix = time_of([job(method="ziplora-matrix", knobs={})], sdxl_shapes, 1024, 8)
+    matrix = time_of([job(method="ziplora-matrix", knobs={})], LORAS, sdxl_shapes, 1024, 8)
     assert matrix.merge_s < 0.02
     assert matrix.calibrate_s > closed.calibrate_s  # the outputs' weights
 
 
 def test_refinement_and_the_combined_term_cost_passes(sdxl_shapes):
-    published = time_of([job(knobs=ziplora_knobs())], sdxl_shapes, 1024, 8).merge_s
-    refined = time_of([job(method="ziplora-refined", knobs={"steps": 10, "batch": 2})], sdxl_shapes, 1024, 8).merge_s
+    published = time_of([job(knobs=ziplora_knobs())], LORAS, sdxl_shapes, 1024, 8).merge_s
+    refined = time_of(
+        [job(method="ziplora-refined", knobs={"steps": 10, "batch": 2})], LORAS, sdxl_shapes, 1024, 8
+    ).merge_s
     assert refined == pytest.approx(published / 5 + 0.53, rel=0.02)
-    composed = time_of([job(method="ziplora-composed", knobs={})], sdxl_shapes, 1024, 8).merge_s
+    composed = time_of([job(method="ziplora-composed", knobs={})], LORAS, sdxl_shapes, 1024, 8).merge_s
     assert composed == pytest.approx(1.5 * published + 32 * 6.76e12 / (0.4 * 989e12), rel=5e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_that_computes_anything_has_a_cost(sdxl_shapes, name):
+    knobs = asdict(METHODS[name].knobs())
+    merge_s = time_of([job(method=name, knobs=knobs)], LORAS, sdxl_shapes, 1024, 8).merge_s
+    if name == "direct":
+        assert merge_s == 0  # puts one LoRA beneath the other
+        return
+    assert merge_s > 1e-3
+    wider = {"d": {"x": module((8, 8), 128)}, "e": LORAS["e"]}
+    more = time_of([job(method=name, knobs=knobs)], wider, sdxl_shapes, 1024, 8).merge_s
+    by_rank = ("ties", "dare", "prune", "svd", "np-lora", "mix-of-show", "k-lora", "custom-diffusion")
+    assert (more > merge_s) == (name in by_rank)
+
+
+def test_gradient_fusion_costs_a_product_with_each_moment_at_every_evaluation(sdxl_shapes):
+    """140 layers read text and have 500 steps of their own, which is nine tenths of it."""
+    fusion = job(method="mix-of-show", knobs={})
+    text = 140 * 500 * 1.1 * 4 * 128 * 2048**2
+    whole = merge_flop(fusion, sdxl_shapes, (64, 64))
+    assert whole == pytest.approx(text / 0.9, rel=0.05)
+    quick = replace(fusion, knobs={"context_steps": 50})
+    assert whole - merge_flop(quick, sdxl_shapes, (64, 64)) == pytest.approx(0.9 * text, rel=0.05)
+
+
+def test_captions_are_encoded_once_for_all_pairs():
+    shapes = shapes_of(tiny_sdxl())
+    jobs = [job(style, "custom-diffusion", knobs) for knobs in [{}] for style in ("e", "f")]
+    one, two = (time_of(some, LORAS, shapes, 64, 2) for some in (jobs[:1], jobs))
+    assert one.calibrate_s == two.calibrate_s == pytest.approx(600 * text_flop(shapes) / (0.4 * 989e12))
+    assert two.merge_s == pytest.approx(2 * one.merge_s)
 
 
 def test_time_from_finished_entries():
@@ -143,11 +181,10 @@ def module(shape: tuple[int, ...], rank: int):
     return ModuleKeys("down", "up", None, 1.0, rank, shape[1], shape[0], shape[2:])
 
 
+LORAS = {digest: {"x": module((8, 8), 64)} for digest in "def"}  # what an estimate looks at is the rank
+
+
 def ziplora_knobs(**changes):
-    from dataclasses import asdict
-
-    from ziplora.optimize_knobs import ZipLoRAKnobs
-
     return asdict(ZipLoRAKnobs(**changes))
 
 

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+EXACT = 512  # of ziplora.factor: up to this many rows or columns the whole SVD is taken
+OVERSAMPLED = 16  # columns of a randomised one beyond the rank
+POWERS = 4  # its power iterations
+
 
 def _check_density(density: float) -> None:
     if not 0 < density <= 1:

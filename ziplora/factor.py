@@ -6,11 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ziplora.baseline_knobs import EXACT, OVERSAMPLED, POWERS
 from ziplora.lora import Layer
-
-EXACT = 512  # up to this many rows or columns the whole SVD is taken
-OVERSAMPLED = 16
-POWERS = 4
 
 
 def compressed(dense: Tensor, rank: int) -> tuple[Layer, float]:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ziplora.calibration_settings import CalibrationSettings
+from ziplora.captions import COUNT
+
+HISTORY = 25  # steps that gradient fusion's L-BFGS remembers, as in the published code
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,9 @@ class CustomDiffusionKnobs:
             raise ValueError(f"captions[{empty[0]}] is empty; a plain caption such as 'a red bicycle in the rain'")
         if not 0 <= self.ridge <= 1:
             raise ValueError(f"ridge is {self.ridge}; from 0 (the paper) to 1")
+
+    def n_captions(self) -> int:
+        return COUNT if self.captions == "built-in" else len(self.captions)
 
 
 @dataclass(frozen=True, slots=True)

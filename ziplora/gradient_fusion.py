@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from ziplora.base import Base
 from ziplora.calibrate import Calibration
-from ziplora.fusion_knobs import GradientFusionKnobs
+from ziplora.fusion_knobs import HISTORY, GradientFusionKnobs
 from ziplora.lora import Layer, LoRA, select
 from ziplora.merged import Merged, Pair
 from ziplora.module_names import CONTEXT, input_of
 from ziplora.moments import accumulator, recorded
 
-HISTORY = 25  # steps that L-BFGS remembers, as in the published code
 INDEPENDENT = 1e-6  # singular values of [B_c B_s] below this share of the largest say that columns are the same
 
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]  # its value and its gradient

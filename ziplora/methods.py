@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from ziplora import merge_flop
 from ziplora.baseline_knobs import DareKnobs, DirectKnobs, NullSpaceKnobs, PruneKnobs, SvdKnobs, TiesKnobs
 from ziplora.calibration_settings import CalibrationSettings, Passes
 from ziplora.closed_form_knobs import ClosedKnobs, MatrixKnobs, RefinedKnobs
 from ziplora.fusion_knobs import CustomDiffusionKnobs, GradientFusionKnobs, KLoRAKnobs
+from ziplora.merge_flop import Flop
 from ziplora.optimize_knobs import ComposedKnobs, ZipLoRAKnobs
 from ziplora.train_settings import JointKnobs
 
@@ -39,7 +41,7 @@ class Method:
     cost: str
     knobs: type
     function: str
-    solver: Literal["column", "matrix"] | None = None  # the closed form that it solves, in ziplora/closed_form.py
+    flop: Flop | None = None  # operations of a pair beside model passes; None where they are but additions
     parts: bool = True  # whether the style has rows of its own in the file, so that its strength can be changed there
     file: bool = True  # whether the result is one LoRA; otherwise images and a recipe are all that there can be
     trains: bool = False  # whether it trains on both concepts' pictures, and looks at neither LoRA
@@ -55,6 +57,10 @@ class Method:
 
     def passes(self, knobs: Any) -> Passes:
         return knobs.passes() if hasattr(knobs, "passes") else Passes()
+
+    def captions(self, knobs: Any) -> int:
+        """Prompts that go through the text encoders once for all pairs."""
+        return knobs.n_captions() if hasattr(knobs, "n_captions") else 0
 
     def combined_prompt(self, knobs: Any, subject_trigger: str, style_trigger: str) -> str | None:
         """What `Pair.combined_prompt` must be for this method; None if it does not look at it."""
@@ -89,7 +95,7 @@ METHODS: dict[str, Method] = {
             cost="one linear system per layer; model passes only once per LoRA",
             knobs=ClosedKnobs,
             function="ziplora.closed_form:ziplora_closed",
-            solver="column",
+            flop=merge_flop.columns,
         ),
         Method(
             name="ziplora-matrix",
@@ -100,7 +106,7 @@ METHODS: dict[str, Method] = {
             cost="one smaller linear system for layers that share an input; model passes only once per LoRA",
             knobs=MatrixKnobs,
             function="ziplora.closed_form:ziplora_matrix",
-            solver="matrix",
+            flop=merge_flop.matrices,
         ),
         Method(
             name="ziplora-refined",
@@ -111,7 +117,7 @@ METHODS: dict[str, Method] = {
             cost="as ziplora-closed, and a fifth of ziplora's steps with two draws at each",
             knobs=RefinedKnobs,
             function="ziplora.refine:ziplora_refined",
-            solver="column",
+            flop=merge_flop.columns,
         ),
         Method(
             name="ziplora-composed",
@@ -142,6 +148,7 @@ METHODS: dict[str, Method] = {
             cost="one small SVD per layer",
             knobs=SvdKnobs,
             function="ziplora.low_rank_merges:svd",
+            flop=merge_flop.summed,
             parts=False,
         ),
         Method(
@@ -153,6 +160,7 @@ METHODS: dict[str, Method] = {
             cost="two truncated SVDs of a dense layer at a time",
             knobs=PruneKnobs,
             function="ziplora.sparse_merges:prune",
+            flop=merge_flop.sparsified,
         ),
         Method(
             name="ties",
@@ -163,6 +171,7 @@ METHODS: dict[str, Method] = {
             cost="two truncated SVDs of a dense layer at a time",
             knobs=TiesKnobs,
             function="ziplora.sparse_merges:ties",
+            flop=merge_flop.sparsified,
         ),
         Method(
             name="dare",
@@ -173,6 +182,7 @@ METHODS: dict[str, Method] = {
             cost="two truncated SVDs of a dense layer at a time",
             knobs=DareKnobs,
             function="ziplora.sparse_merges:dare",
+            flop=merge_flop.sparsified,
         ),
         Method(
             name="np-lora",
@@ -183,6 +193,7 @@ METHODS: dict[str, Method] = {
             cost="one small SVD per layer",
             knobs=NullSpaceKnobs,
             function="ziplora.low_rank_merges:np_lora",
+            flop=merge_flop.projected,
         ),
         Method(
             name="custom-diffusion",
@@ -193,6 +204,7 @@ METHODS: dict[str, Method] = {
             cost="one linear system for all layers; plain captions through the text encoders",
             knobs=CustomDiffusionKnobs,
             function="ziplora.custom_diffusion:custom_diffusion",
+            flop=merge_flop.constrained,
         ),
         Method(
             name="mix-of-show",
@@ -203,6 +215,7 @@ METHODS: dict[str, Method] = {
             cost="an L-BFGS run for each layer; model passes only once per LoRA",
             knobs=GradientFusionKnobs,
             function="ziplora.gradient_fusion:mix_of_show",
+            flop=merge_flop.fused,
         ),
         Method(
             name="k-lora",
@@ -213,6 +226,7 @@ METHODS: dict[str, Method] = {
             cost="one dense ΔW of each LoRA at a time",
             knobs=KLoRAKnobs,
             function="ziplora.k_lora:k_lora",
+            flop=merge_flop.chosen,
             file=False,
         ),
         Method(

@@ -42,6 +42,7 @@ from tests.bench.measuring import (
 )
 from tests.bench.models import random_lora, random_pipeline
 from tests.bench.true_flops import true_size_flops
+from ziplora import merge_flop
 from ziplora.base import resident
 from ziplora.calibrate import WEIGHT_ROWS, Calibration, calibrate, predictions
 from ziplora.calibration_settings import CalibrationSettings
@@ -293,7 +294,7 @@ def measure_method(bench: Bench, method: Method, cost_of: dict[str, float], clos
     missing = {name: getattr(passes, name) - getattr(of_run, name) for name in ("backward", "forward")}
     if steps:
         of_passes = sum(cost_of[f"{name}_flop"] * getattr(passes, name) for name in ("backward", "forward"))
-        counted = int(of_passes) + (closed_flop if method.solver == "column" else 0)
+        counted = int(of_passes) + (closed_flop if method.flop is merge_flop.columns else 0)
     return {
         "seconds": min(found) + sum(cost_of[name] * n for name, n in missing.items()),
         "measured_seconds": found,
