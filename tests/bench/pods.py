@@ -13,6 +13,7 @@ the Ray token and the S3 key.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -242,7 +243,8 @@ def drive(directory: Path, node: swift_node.SwiftNode) -> dict[str, Any]:
         "exit code of the submitter": code,
         "entries": len(entries),
         "done again though committed": sum(then[e.job_id] != e.attempt for e in entries if e.job_id in then),
-        "last lines of its log": second.pods["submitter"].log.read_text().splitlines()[-4:],
+        "its log": [line for line in second.pods["submitter"].log.read_text().splitlines() if " merges, " in line]
+        + re.findall(r"^committed .+", second.pods["submitter"].log.read_text(), re.MULTILINE),
     }
     second.end()
     checked = list(catalog.verify())
