@@ -1,14 +1,23 @@
 """Joint training: one LoRA from two sets of pictures, on the pocket base and through the command line."""
 
+import dataclasses
+import os
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.commands import ziplora
+from service import events
+from service.catalog import Catalog
+from service.entry import Entry
+from service.pool import InlinePool
+from service.run import run
+from tests.commands import started, wait_until, ziplora
 from tests.grid import Grid
+from tests.test_worker import jobs_of, settings
 from ziplora import formats, pocket
 from ziplora import lora as lora_value
 from ziplora.base import Base, load_base
@@ -106,6 +115,36 @@ def test_the_row_has_the_papers_settings_and_says_what_it_costs() -> None:
     knobs = method.knobs()
     assert (knobs.rank, knobs.steps, knobs.batch, knobs.lr) == (64, 1000, 1, 5e-5)
     assert method.passes(JointKnobs(steps=10, batch=3)) == Passes(backward=30)
+
+
+# In a run
+
+
+def test_killed_in_mid_training_a_run_goes_on_from_the_checkpoint(grid: Grid) -> None:
+    merge = {"method": "joint", "rank": 2, "steps": 24, "lr": 1e-3}
+    path = grid.manifest(subjects=1, styles=1, merge=merge, samples={"prompts": []})
+    checkpoints = grid.root / "catalog/checkpoints"
+    killed = started("run", path, "--checkpoint-every", 0, "--no-gallery", "--inline")
+    wait_until(lambda: bool(list(checkpoints.glob("*.pt"))), timeout_s=480)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    (job,) = jobs_of(path)
+    assert [left.name for left in checkpoints.iterdir()] == [f"{job.job_id}.pt"]
+
+    def ended(catalog: Path) -> tuple[list[events.TrainingAt], Entry]:
+        pool, seen = InlinePool(dataclasses.replace(settings(grid), catalog=str(catalog))), list[events.Event]()
+        run([job], pool, Catalog(catalog), run_id="test", observers=[seen.append])
+        pool.close()
+        return [event for event in seen if isinstance(event, events.TrainingAt)], Catalog(catalog).entry(job.job_id)
+
+    said, entry = ended(grid.root / "catalog")
+    assert 1 <= said[0].step < said[-1].step == 24
+    assert entry.report["merge"]["steps"] == 24
+    assert not list(checkpoints.glob("*"))
+    said, other = ended(grid.root / "whole")  # what it would have come to without a break
+    assert said[0].step == 0
+    name = "merged.safetensors"
+    assert entry.objects[name].sha256 == other.objects[name].sha256
 
 
 # The command line
