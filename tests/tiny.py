@@ -12,8 +12,6 @@ from diffusers import (
     AmusedPipeline,
     AmusedScheduler,
     AutoencoderKL,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -21,6 +19,8 @@ from diffusers import (
     VQModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ziplora.pocket.models import byte_characters, pipeline
 
 TEXT_WIDTH = 32
 SDXL_TARGETS = 176
@@ -45,26 +45,11 @@ def tiny_sdxl(dtype: torch.dtype = torch.float32, seed: int = 0) -> StableDiffus
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
         )
-        text_encoder = CLIPTextModel(_text_config("quick_gelu"))
-        text_encoder_2 = CLIPTextModelWithProjection(_text_config("gelu"))
+        text_encoder = CLIPTextModel(text_config("quick_gelu"))
+        text_encoder_2 = CLIPTextModelWithProjection(text_config("gelu"))
         vae = _vae(scaling_factor=0.13025)
-    pipe = StableDiffusionXLPipeline(
-        unet=unet,
-        text_encoder=text_encoder,
-        text_encoder_2=text_encoder_2,
-        vae=vae,
-        tokenizer=tokenizer(pad="<|endoftext|>"),
-        tokenizer_2=tokenizer(pad="!"),
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),
-        add_watermarker=False,
-    )
-    return _ready(pipe, dtype)
+    encoders = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    return _ready(pipeline({"unet": unet, "vae": vae, **encoders, **tokenizers()}), dtype)
 
 
 def tiny_sd15(dtype: torch.dtype = torch.float32, seed: int = 0) -> StableDiffusionPipeline:
@@ -78,26 +63,10 @@ def tiny_sd15(dtype: torch.dtype = torch.float32, seed: int = 0) -> StableDiffus
             norm_num_groups=8,
             cross_attention_dim=TEXT_WIDTH,
         )
-        text_encoder = CLIPTextModel(_text_config("quick_gelu"))
+        text_encoder = CLIPTextModel(text_config("quick_gelu"))
         vae = _vae(scaling_factor=0.18215)
-    pipe = StableDiffusionPipeline(
-        unet=unet,
-        text_encoder=text_encoder,
-        vae=vae,
-        tokenizer=tokenizer(pad="<|endoftext|>"),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    return _ready(pipe, dtype)
+    parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizers()["tokenizer"]}
+    return _ready(pipeline(parts), dtype)
 
 
 def tiny_amused(dtype: torch.dtype = torch.float32, seed: int = 0) -> AmusedPipeline:
@@ -120,7 +89,7 @@ def tiny_amused(dtype: torch.dtype = torch.float32, seed: int = 0) -> AmusedPipe
             intermediate_size=64,
             sample_size=8,
         )
-        text_encoder = CLIPTextModelWithProjection(_text_config("quick_gelu"))
+        text_encoder = CLIPTextModelWithProjection(text_config("quick_gelu"))
         vqvae = VQModel(
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
@@ -142,28 +111,29 @@ def tiny_amused(dtype: torch.dtype = torch.float32, seed: int = 0) -> AmusedPipe
     return _ready(pipe, dtype)
 
 
+def tokenizers() -> dict[str, CLIPTokenizer]:
+    """Both of SDXL, as the parts of a pipeline."""
+    return {"tokenizer": tokenizer(pad="<|endoftext|>"), "tokenizer_2": tokenizer(pad="!")}
+
+
 def tokenizer(pad: str) -> CLIPTokenizer:
     """CLIP's tokenizer without merges: 256 byte characters, the same with `</w>`, and two specials."""
-    characters = _byte_characters()
+    characters = byte_characters()
     words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], pad_token=pad, model_max_length=77)
 
 
-def _byte_characters() -> list[str]:
-    """GPT-2's printable stand-in for each of the 256 bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
-
-
-def _text_config(activation: str) -> CLIPTextConfig:
+def text_config(
+    activation: str, width: int = TEXT_WIDTH, layers: int = 3, heads: int = 4, intermediate: int = 2 * TEXT_WIDTH
+) -> CLIPTextConfig:
+    """Of an encoder for what `tokenizer` gives."""
     return CLIPTextConfig(
         vocab_size=514,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        hidden_size=width,
+        intermediate_size=intermediate,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         max_position_embeddings=77,
         hidden_act=activation,
         bos_token_id=512,

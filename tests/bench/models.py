@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tests.tiny import tokenizer
+from tests.tiny import text_config, tokenizers
 from ziplora.lora import Layer, LoRA
+from ziplora.pocket.models import pipeline
 from ziplora.slots import Slots
 
 SDXL_UNET: dict[str, Any] = {
@@ -70,38 +71,14 @@ def random_pipeline(device: str, dtype: torch.dtype, size: str = "true") -> Stab
         text_encoder_2 = CLIPTextModelWithProjection(_text_config(width_2, layers_2, "gelu"))
     for model in (vae, text_encoder, text_encoder_2):
         torch.nn.Module.to(model, dtype).requires_grad_(False).eval()
-    return StableDiffusionXLPipeline(
-        unet=random_unet(device, dtype, size),
-        text_encoder=text_encoder,
-        text_encoder_2=text_encoder_2,
-        vae=vae,
-        tokenizer=tokenizer(pad="<|endoftext|>"),
-        tokenizer_2=tokenizer(pad="!"),
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),
-        add_watermarker=False,
-    )
+    encoders = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    made = pipeline({"unet": random_unet(device, dtype, size), "vae": vae, **encoders, **tokenizers()})
+    assert isinstance(made, StableDiffusionXLPipeline)
+    return made
 
 
 def _text_config(width: int, layers: int, activation: str) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        projection_dim=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        max_position_embeddings=77,
-        hidden_act=activation,
-        bos_token_id=512,
-        eos_token_id=513,
-        pad_token_id=513,
-    )
+    return text_config(activation, width, layers, heads=width // 64, intermediate=4 * width)
 
 
 def random_lora(slots: Slots, rank: int, seed: int, dtype: torch.dtype = torch.float16) -> LoRA:

@@ -40,7 +40,7 @@ def words() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable stand-ins of GPT-2's byte-level BPE, in CLIP's order."""
     kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [b for b in range(256) if b not in kept]
@@ -67,7 +67,7 @@ def bpe(vocabulary_words: list[str]) -> tuple[dict[str, int], list[tuple[str, st
 
     A word's missing merges are appended, so they rank below all earlier ones and never disturb a word that is done.
     """
-    characters = _byte_characters()
+    characters = byte_characters()
     ranks: dict[tuple[str, str], int] = {}
     for word in vocabulary_words:
         pieces = _merge([*word[:-1], word[-1] + "</w>"], ranks)
