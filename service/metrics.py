@@ -19,8 +19,11 @@ from service.errors import ServiceError
 
 ALIGNMENT_BUCKETS = tuple(n / 20 for n in range(-10, 21))  # cosines; what lies below −0.5 goes into the first
 RATE_S = 300.0  # window of the rate of pairs
-FAILURES = ("Unavailable", "AccessDenied", "StoreFull", "NotFound", "Corrupted")  # kinds, as in service/errors.py
-FAILURES += ("BadInput", "OutOfMemory", "WorkerLost", "DeadlineExceeded")
+# kinds, as in service/errors.py
+FAILURES = (
+    *("Unavailable", "AccessDenied", "StoreFull", "NotFound", "Corrupted"),
+    *("BadInput", "OutOfMemory", "WorkerLost", "DeadlineExceeded"),
+)
 STAGE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
 
 
