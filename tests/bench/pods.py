@@ -108,7 +108,7 @@ class Cluster:
             assert not self.head.ended(), "the head has ended"
             command = ray_job.container_command(group["groupName"])
             self.workers[name] = self.pods[name].run(command, self._environment(group, name))
-        wait_for(lambda: self._ended() or self._healthy(), "healthy pods")
+        wait_for(lambda: bool(self._ended()) or self._healthy(), "healthy pods")
         assert not self._ended(), f"{self._ended()} ended"
         template = ray_job.job["spec"]["submitterPodTemplate"]["spec"]
         self.submitter = self._pod("submitter", template).run(ray_job.submit_command(), ray_job.submitter_environment())
@@ -173,7 +173,8 @@ def drive(directory: Path, node: swift_node.SwiftNode) -> dict[str, Any]:
     processes = Processes(search)
     processes.start()
     catalog, prometheus = Catalog("s3://grids/catalog"), Prometheus(pods, told("deploy", "alerts"))
-    numbers, pages = iter(range(2, 250)), {}
+    numbers = iter(range(2, 250))
+    pages: dict[str, bytes] = {}
     figures: dict[str, Any] = {"jobs": len(planned), "entrypoint": job["spec"]["entrypoint"]}
 
     say("first attempt")
@@ -335,7 +336,7 @@ def promtool(directory: Path) -> str:
     """Its last word on the tests of the alerts, where each fires and clears."""
     (directory / "rules.yml").write_text(told("deploy", "alerts"))
     shutil.copy(ROOT / "deploy/monitoring/alerts_test.yml", directory)
-    words = ["promtool", "test", "rules", directory / "alerts_test.yml"]
+    words = ["promtool", "test", "rules", str(directory / "alerts_test.yml")]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return (done.stdout + done.stderr).split()[-1]
