@@ -31,6 +31,7 @@ from transformers import CLIPTextModelWithProjection
 from ziplora.masked import MaskedBase, TextCondition, masked_loss, resident_masked
 from ziplora.pocket import models, path, scorer, world
 from ziplora.pocket.check import combinations, rates
+from ziplora.pocket.pace import follow, learning_rate
 from ziplora.pocket.pool import read_pool, write_pool
 from ziplora.pocket.recognise import Recogniser
 from ziplora.styledrop import Mixture, sample_mixture
@@ -193,9 +194,9 @@ class Trainer:
 
     def update(self) -> float:
         recipe = self.recipe
+        progress = self.step / recipe.steps
         for group in self.optimizer.param_groups:
-            warm = min(1.0, (self.step + 1) / recipe.warmup_steps)
-            group["lr"] = recipe.lr * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * self.step / recipe.steps)))
+            group["lr"] = learning_rate(recipe.lr, self.step, progress, warmup_steps=recipe.warmup_steps, floor=0.02)
         rows = torch.randint(len(self.tokens), (recipe.batch,), generator=self.generator)
         kept = torch.rand(recipe.batch, generator=self.generator) >= recipe.drop
         captions = [self.captions[i] if keep else "" for i, keep in zip(rows.tolist(), kept.tolist(), strict=True)]
@@ -206,10 +207,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
-        averages: list[Tensor] = list(self.average.values())
-        values: list[Tensor] = [value.detach() for value in self.model.parameters()]
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        follow(self.average.values(), self.model.parameters(), self.step, recipe.ema)
         return loss.item()
 
     def save(self, out: Path) -> None:

@@ -31,6 +31,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor, nn
 
 from ziplora.pocket import models, path, train_vae, world
+from ziplora.pocket.pace import follow, learning_rate
 from ziplora.pocket.pool import read_pool, write_pool
 from ziplora.pocket.warm_start import warm_start
 
@@ -70,14 +71,6 @@ def padded_for_second(ids: Tensor, end: int) -> Tensor:
     """The second tokenizer's padding: "!" (token 0) after the first end token."""
     after = (ids == end).cumsum(dim=1) - (ids == end).int() > 0
     return ids.masked_fill(after, 0)
-
-
-def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
-    return (
-        recipe.lr
-        * min(1.0, (step + 1) / recipe.warmup_steps)
-        * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-    )
 
 
 class Trainer:
@@ -129,18 +122,16 @@ class Trainer:
         }
 
     def update(self, progress: float) -> float:
+        recipe = self.recipe
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.step, progress)
+            group["lr"] = learning_rate(recipe.lr, self.step, progress, warmup_steps=recipe.warmup_steps, floor=0.01)
         loss, plain = self.loss()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        averages: list[Tensor] = list(self.average.parameters())
-        values: list[Tensor] = list(self.model.parameters())
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        follow(self.average.parameters(), self.model.parameters(), self.step, recipe.ema)
         return plain
 
     def state(self) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,7 @@ from transformers import (
 )
 
 from ziplora.pocket import models, world
+from ziplora.pocket.pace import learning_rate
 from ziplora.pocket.pool import Pool, read_pool, write_pool
 from ziplora.pocket.recognise import SHAPE_NAMES, STYLE_NAMES
 
@@ -85,7 +85,7 @@ def fit(
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = learning_rate(lr, step, step / steps, warmup_steps=100, floor=0.01)
         rows = torch.randint(len(pool.pixels), (batch,), generator=generator).numpy()
         value = loss(augment(pool.pixels[rows], generator), rows)
         optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ziplora.pocket import models
+from ziplora.pocket.pace import learning_rate
 from ziplora.pocket.pool import read_pool
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def train(
     started = time.monotonic()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = learning_rate(lr, step, step / steps, warmup_steps=50, floor=0.02)
         x = to_tensor(pixels[torch.randint(len(pixels), (batch,), generator=generator).numpy()])
         posterior = vae.encode(x).latent_dist
         error = vae.decode(posterior.sample(generator)).sample - x
