@@ -41,7 +41,8 @@ LIVE = "pages/live.js"
 ROWS = "pages/rows/"
 FORMAT = "1"  # of rows and data; part of their names, so that a newer page never reads older ones
 KEPT_S = 3600.0  # rows that no page needs any more stay so long, for pages that are open
-STATIC = ("gallery.css", "model.js", "grid.js", "detail.js", "gallery.js")
+OWN = ("gallery.css", "model.js", "grid.js", "detail.js", "gallery.js")
+STATIC = ("element.js", *(f"gallery/{name}" for name in OWN))  # templates, in pages/ under their names alone
 TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "html": "text/html; charset=utf-8"}
 COLUMNS = [
     *(
@@ -267,13 +268,13 @@ def details(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_static(store: Store, title: str) -> None:
     """The page without its data."""
-    templates = files("service") / "templates" / "gallery"
+    templates = files("service") / "templates"
     for name in STATIC:
         body = (templates / name).read_bytes()
-        store.put(f"pages/{name}", body, content_type=TYPES[name.rpartition(".")[2]])
+        store.put(f"pages/{name.rpartition('/')[2]}", body, content_type=TYPES[name.rpartition(".")[2]])
     with suppress(AlreadyCommitted):  # a page that finds nothing there would complain in the console
         put_live(store, None, create_only=True)
-    store.put(PAGE, (templates / PAGE).read_bytes(), content_type=TYPES["html"])
+    store.put(PAGE, (templates / "gallery" / PAGE).read_bytes(), content_type=TYPES["html"])
 
 
 def put_live(store: Store, live: Mapping[str, Any] | None, *, create_only: bool = False) -> None:

@@ -28,8 +28,9 @@ MOST_PICTURES = 2000  # inside one file, about 20 MB
 
 def page(report: Report, *, pictures: Mapping[str, bytes] | None = None) -> bytes:
     """The HTML. `pictures`: WebP by job id, for a page that lies by itself; None: beside the catalog's thumbnails."""
-    templates = files("service") / "templates" / "report"
-    html, style, script = ((templates / f"report.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    templates = files("service") / "templates"
+    html, style, own = ((templates / "report" / f"report.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    script = (templates / "element.js").read_text("utf-8") + own
     data = json.dumps(_data(report, pictures), separators=(",", ":"), allow_nan=False)
     for mark, text in {
         "@STYLE-HASH@": _hash(style),

@@ -3,7 +3,6 @@
 
 ziplora.detail = (() => {
   const dialog = document.getElementById('detail');
-  const { el } = ziplora;
   let shown = null;   // {page, view, merges: [{entry, about}], chosen, prompt, seed, strength}
   let onStep = () => {}, onClosed = () => {}, number = 0;
 

@@ -3,7 +3,7 @@
 
 (() => {
   const byId = (id) => document.getElementById(id);
-  const { el, model } = ziplora;
+  const { model } = ziplora;
   const choice = { find: '', method: '', score: 'overall', order: 'name', floor: null, heat: false, size: 0 };
   const LIVE_S = 5, QUIET_S = 60, STALE_S = 300;
   let arrangement = null;

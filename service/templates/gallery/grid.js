@@ -12,18 +12,6 @@ ziplora.grid = (() => {
   let active = { i: 0, j: 0 };
   let hovered = null, frame = 0, onOpen = () => {};
 
-  const el = (tag, properties = {}, ...children) => {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(properties)) {
-      if (name === 'class') element.className = value;
-      else if (name in element && !name.includes('-')) element[name] = value;
-      else element.setAttribute(name, value);
-    }
-    element.append(...children);
-    return element;
-  };
-  ziplora.el = el;
-
   function measure() {
     const narrow = viewport.clientWidth < 640;
     const pictured = Object.keys(page.references).length > 0;

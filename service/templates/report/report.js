@@ -7,16 +7,6 @@
   const state = { view: 'measures', sort: null, descending: true, find: '', order: 'name', shown: STEP };
   let active = { i: 0, j: 0 };
 
-  const el = (tag, properties = {}, ...children) => {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(properties)) {
-      if (name === 'class') element.className = value;
-      else if (name in element && !name.includes('-')) element[name] = value;
-      else element.setAttribute(name, value);
-    }
-    element.append(...children);
-    return element;
-  };
   const n = (count, one) => `${count.toLocaleString('en')} ${one}${count === 1 ? '' : 's'}`;
   const at = (value, digits, sign = '') => `${value > 0 ? sign : ''}${value.toFixed(digits)}`;
 
