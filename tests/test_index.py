@@ -19,19 +19,9 @@ import pytest
 from service import index
 from service.catalog import Catalog
 from service.index import update_index
-from service.storage import LocalStore, ObjectInfo, Store
+from service.storage import LocalStore, ObjectInfo
 from tests.conftest import Swift
 from tests.test_catalog import fill, id_of, identity
-
-
-@pytest.fixture
-def catalog(store: Store) -> Catalog:
-    return Catalog(store)
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Catalog:
-    return Catalog(tmp_path / "catalog")
 
 
 @pytest.fixture

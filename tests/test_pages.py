@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from pathlib import Path
 
 import boto3
 import pytest
@@ -20,11 +19,6 @@ from tests.conftest import Swift
 from tests.pictures import commit, id_of, job, picture, report_of
 
 EVIL = "<img src=x onerror=window.pwned=1>"
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Catalog:
-    return Catalog(tmp_path / "catalog")
 
 
 def page_at(catalog: Catalog) -> str:

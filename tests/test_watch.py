@@ -3,29 +3,17 @@
 import json
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
 from service.catalog import Catalog
 from service.standing import Standing
-from service.storage import Store
 from service.watch import View, Watch
 from tests.commands import ziplora
 from tests.pictures import commit, id_of, job
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 RUN = Standing("20260501T115000-abcd", "running", 10, 4, 1, 2, "2026-05-01T11:50:00+00:00", "2026-05-01T11:59:30+00:00")
-
-
-@pytest.fixture
-def catalog(store: Store) -> Catalog:
-    return Catalog(store)
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Catalog:
-    return Catalog(tmp_path / "catalog")
 
 
 def say(catalog: Catalog, standing: Standing) -> None:
