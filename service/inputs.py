@@ -19,6 +19,7 @@ from service.steps import Steps, parallel
 from service.storage import LocalStore, Store, sha256_of, split_location
 
 HEAD_BYTES = 512 << 10  # read ahead of a remote file: a LoRA's length field and header in one request
+ABANDONED_S = 60.0  # age at which a half-written digest is a killed process'
 SETTLED_S = 2  # a file modified less than this ago may change again without a new time stamp
 
 
@@ -82,7 +83,8 @@ def user_cache() -> Path:
 
 
 class DigestCache:
-    """sha256 by (location, size, version). One small file each: safe for processes; a cache that fails is no error."""
+    """sha256 by (location, size, version). One small file each: safe for processes and their deaths; a cache that fails
+    is no error."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory or user_cache() / "digests"
@@ -99,6 +101,9 @@ class DigestCache:
         path = self._path(of)
         with contextlib.suppress(StorageError, OSError):
             make_directories(path.parent)
+            for part in path.parent.glob(".*.part"):  # nobody takes so long to write a line: their writers were killed
+                if time.time() - part.stat().st_mtime > ABANDONED_S:
+                    part.unlink(missing_ok=True)
             with replacing(path) as file:
                 file.write(digest.encode())
 

@@ -54,6 +54,22 @@ def test_a_digest_is_remembered_until_the_file_changes(place: str, tmp_path: Pat
     assert open_input(f"{place}/a", cache).sha256() == sha256(b"other")
 
 
+def test_half_written_digests_of_killed_processes_go_with_the_next_one(tmp_path: Path) -> None:
+    cache = DigestCache(tmp_path / "digests")
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"a")
+    os.utime(file, (1, 1))
+    opened = open_input(file, cache)
+    digest = opened.sha256()
+    (kept,) = (path for path in cache.directory.rglob("*") if path.is_file())
+    old, young = (kept.with_name(f".{name}.part") for name in ("old", "young"))
+    for part in (old, young):
+        part.touch()
+    os.utime(old, (1, 1))
+    cache.put(opened, digest)
+    assert sorted(kept.parent.iterdir()) == sorted([kept, young])
+
+
 def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1")
     cache = DigestCache(tmp_path / "digests")

@@ -65,7 +65,8 @@ def node_killed(scene: Scene) -> dict[str, object]:
 
 def node_joins(scene: Scene) -> dict[str, object]:
     """A fourth worker was asked for and had no room; a node that joins in the middle gives it some."""
-    scene.at = [(0.3, scene.add_node)]
+    scene.at = [(0.1, scene.add_node)]
+    scene.script = replace(scene.script, pause_s=1.0)  # the run shall last longer than a node takes to start
     scene.drive(workers=4)
     check(scene)
     ready = scene.of(events.WorkerReady)

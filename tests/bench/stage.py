@@ -138,7 +138,8 @@ def check(scene: Scene, given_up: frozenset[str] = frozenset(), before: frozense
             expected = failed[job_id] + (job_id not in given_up)
             assert scene.progress.attempts[job_id] == expected, (scene.progress.attempts[job_id], expected)
     wait_until(lambda: not scene.actors(), PATIENCE_S)
-    left = [path for path in scene.root.rglob("*.part") if path.is_file()]
+    # a half-written digest, of some bytes, goes when the next one is written beside it
+    left = [path for path in scene.root.rglob("*.part") if path.is_file() and "digests" not in path.parts]
     assert not left, left
     garbage = catalog.garbage(now=datetime.now(UTC) + timedelta(days=2))
     scene.garbage = len(garbage)
