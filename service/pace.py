@@ -124,13 +124,14 @@ class Pace:
     def seconds_left(
         self, left: Mapping[str, int], workers: Collection[str], loads: float | None = None
     ) -> float | None:
-        """Until the last job is done, over workers of the speeds they showed. None: nobody knows.
+        """Until the last job is done, over workers of the speeds they showed. None: nobody knows, as before the first
+        is done: counted operations may be off by the ratio of a GPU to a CPU.
 
         The pace is that of workers at work: loading a base and being away are not in it, so that who joins or leaves
         changes the estimate at once.
         """
         work, n_jobs = self.work_s(left, loads), sum(left.values())
-        if not workers or not n_jobs or work is None:
+        if not workers or not n_jobs or work is None or not self._jobs:
             return None
         speed = sum(1 / self.slowness(worker) for worker in workers) * min(1.0, n_jobs / len(workers))
         ragged = (1 - 1 / len(workers)) / 2 * work / n_jobs  # the last jobs end one by one: half of one on average
