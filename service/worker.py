@@ -1,72 +1,48 @@
-"""One worker: a resident base model, caches, and tiles of jobs from their LoRA files to committed entries.
+"""One worker: a resident base model, and tiles of jobs from their LoRA files to committed entries.
 
 Runs the same in this process and as a Ray actor. What a job yields depends on the job alone, not on what the worker
 did before: every random number comes from the job's own seeds, and the slots hold nothing over from the last pair.
 Where several pairs share a forward pass (on a GPU, see side_by_side.py) that holds up to rounding.
+
+What a merge is made from is read in worker_inputs.py, what is published of it is made in worker_results.py, trainings
+are done in worker_training.py.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import TypeAdapter
 
 from service.base_files import read_base
 from service.best import Contest, trains
-from service.caches import Cache, memory_share
 from service.catalog import Catalog
 from service.device import Device, timed
 from service.errors import BadInput, ManifestError, NotFound
-from service.inputs import LocalCache, user_cache
-from service.jobs import ALGORITHM, Concept, Job, Role, TrainJob, canonical_json
-from service.merged_files import png, sample_list, sampled_with, written
+from service.jobs import Concept, Job, TrainJob, canonical_json
 from service.messages import Began, JobResult, Message, Stalled, Tile, TileDone, WorkerSettings
-from service.node_cache import NodeCache
-from service.scoring import Judges, alignments_of, scored
+from service.scoring import Judges
 from service.side_by_side import SideBySide
 from service.storage import open_store
 from service.trained import TrainedLoRAs
-from service.translation import BrokenLoRA, failed, is_out_of_memory, translated
+from service.translation import failed, is_out_of_memory, translated
 from service.uploads import Made, PatientStore, Uploads
+from service.worker_inputs import Inputs, Prepared
+from service.worker_results import Results
 from service.worker_training import TrainedFiles, Trainer
-from ziplora import formats
 from ziplora.base import Base, load_base
-from ziplora.calibrate import Calibration, calibrate
-from ziplora.calibration_files import calibration_key, read_calibration, write_calibration
-from ziplora.calibration_settings import CalibrationSettings
-from ziplora.errors import FormatError, LoRAError
-from ziplora.lora import LoRA, n_bytes, scaled
-from ziplora.merged import Merged, Pair, Pictures, Words
+from ziplora.lora import LoRA
+from ziplora.merged import Merged, Pair, Words
 from ziplora.methods import METHODS
-from ziplora.sample import Request, sample_requests
 
 T = TypeVar("T")
 STALL_S = 5.0  # between two signs of life while waiting for something outside
 FETCHES = 2  # LoRAs read at a time
-
-
-@dataclass(slots=True)
-class Prepared:
-    """A job with all that its merge needs; `stages` in seconds so far, `peak_bytes` while it was merged."""
-
-    job: Job
-    knobs: Any
-    subject: LoRA
-    style: LoRA
-    calibrations: tuple[Calibration | None, Calibration | None]
-    stages: dict[str, float] = field(default_factory=dict)
-    peak_bytes: int = 0
-    neighbours: int = 0  # merged with it, side by side
-    pictures: Pictures | None = None  # of a method that trains
 
 
 class Worker:
@@ -81,22 +57,15 @@ class Worker:
         self.load_s = time.monotonic() - started
         self.catalog = Catalog(open_store(settings.catalog))
         self.judges = Judges(self.device.name)
-        cache_dir = Path(settings.cache_dir) if settings.cache_dir else user_cache()
-        self.files = LocalCache(cache_dir, settings.cache_bytes)
-        self.observed = NodeCache(cache_dir / "calibrations", settings.cache_bytes // 2)
-        memory = settings.memory_cache_bytes or memory_share(settings.workers_per_node)
-        self.loras: Cache[LoRA] = Cache(memory, n_bytes)
-        # beside the model in the GPU's memory, unlike the LoRAs
-        room = (self.device.n_bytes or memory) // 4
-        self.calibrations: Cache[Calibration] = Cache(room, lambda calibration: calibration.n_bytes)
+        self.inputs = Inputs(settings, self.base, self.base_digest, self.device)
         self.side_by_side = SideBySide(settings.side_by_side, self.device.is_gpu)
         self.store = PatientStore(settings.store_patience_s)
         self.uploads = Uploads(self.catalog, self.store, *([] if settings.overlap else [0]))
         self.trained = TrainedFiles(TrainedLoRAs(self.catalog.store))
-        self.trainer = Trainer(self.base, self.device, self.trained.loras, settings.checkpoint_s, self._images)
+        self.trainer = Trainer(self.base, self.device, self.trained.loras, settings.checkpoint_s, self.inputs.images)
+        self.results = Results(self.base, self.device, self.inputs, self.trained, self.judges)
         self._fetches = ThreadPoolExecutor(FETCHES, "fetch")
         self._calls = ThreadPoolExecutor(1, "call")  # what is needed now does not queue behind what is fetched ahead
-        self._counted: dict[str, int] = {}
 
     def _load_base(self) -> Base:
         settings = self.settings
@@ -186,7 +155,7 @@ class Worker:
                     with translated(one.job):
                         if isinstance(merged, Exception):
                             raise merged
-                        made = self._made(one, merged)
+                        made = self.results.made(one, merged)
                 except Exception as error:  # a defect of ours, or of a library: the job fails, the worker lives
                     yield from self._settle(contests, one.job, failed(one.job, error, one.stages), waited)
                 else:
@@ -243,30 +212,13 @@ class Worker:
             if concept.lora_sha256 and not concept.trained
         }
         # half of the cache at most, or they would push out what is in use
-        for concept in islice(wanted.values(), max(1, self.loras.room // 2)):
-            if concept.lora_sha256 not in self.loras:
-                self._fetches.submit(self._lora, concept)
+        for concept in islice(wanted.values(), max(1, self.inputs.loras.room // 2)):
+            if concept.lora_sha256 not in self.inputs.loras:
+                self._fetches.submit(self.inputs.lora, concept)
 
     def _done(self, seconds: float, busy_s: float) -> TileDone:
-        caches: dict[str, Cache[Any] | NodeCache] = {
-            "lora": self.loras,
-            "calibration": self.calibrations,
-            "calibration_file": self.observed,
-        }
-        now = {"bytes": self.files.downloaded_bytes}
-        for name, cache in caches.items():
-            now |= {f"{name} hit": cache.hits, f"{name} miss": cache.misses}
-        new = {name: n - self._counted.get(name, 0) for name, n in now.items()}
-        self._counted = now
-        return TileDone(
-            frozenset(str(key) for key in self.loras.held()),
-            seconds,
-            busy_s,
-            {name: new[f"{name} hit"] for name in caches},
-            {name: new[f"{name} miss"] for name in caches},
-            new["bytes"],
-            self.side_by_side.size,
-        )
+        used, held = self.inputs.used(), frozenset(str(key) for key in self.inputs.loras.held())
+        return TileDone(held, seconds, busy_s, used.hits, used.misses, used.n_bytes, self.side_by_side.size)
 
     # A job
 
@@ -283,13 +235,13 @@ class Worker:
         with timed(stages, "fetch"):
             of_subject = yield from self._waiting(lambda: self.trained.with_file(job.subject), waited)
             of_style = yield from self._waiting(lambda: self.trained.with_file(job.style), waited)
-            subject = yield from self._waiting(lambda: self._lora(of_subject), waited)
-            style = yield from self._waiting(lambda: self._lora(of_style), waited)
+            subject = yield from self._waiting(lambda: self.inputs.lora(of_subject), waited)
+            style = yield from self._waiting(lambda: self.inputs.lora(of_style), waited)
         observe = method.calibration(knobs, job.seed)
         with timed(stages, "calibrate"):
             calibrations = (
-                self._calibration(of_subject, subject, observe) if observe else None,
-                self._calibration(of_style, style, observe) if observe else None,
+                self.inputs.calibration(of_subject, subject, observe) if observe else None,
+                self.inputs.calibration(of_style, style, observe) if observe else None,
             )
         return Prepared(job, knobs, subject, style, calibrations, stages)
 
@@ -335,125 +287,6 @@ class Worker:
                 self.device.give_back()
             for first in range(0, len(ready), half):
                 yield from self._merge(ready[first : first + half])
-
-    def _made(self, one: Prepared, merged: Merged) -> Made:
-        job, stages = one.job, one.stages
-        with timed(stages, "write"):
-            files = written(job, merged, self._circumstances(one.calibrations))
-        with timed(stages, "sample"):
-            pictures = self._samples(job, files, merged)
-            files |= pictures
-            if pictures:
-                files["merged.png"] = next(iter(pictures.values()))
-        report = self._report(one, merged)
-        if job.scorers:
-            with timed(stages, "score"):
-                references: dict[Role, list[Image.Image]] = {
-                    concept.role: self._images(concept) for concept in (job.subject, job.style)
-                }
-                report["scores"] = scored(job, report["samples"], files, references, self.judges)
-        peak = max(one.peak_bytes, self.device.peak_bytes())
-        result = JobResult(job.job_id, "committed", stages=stages, peak_bytes=peak, alignments=alignments_of(report))
-        return Made(job, files, report, result)
-
-    def _circumstances(self, calibrations: Sequence[Calibration | None]) -> dict[str, str]:
-        """What the job does not say and the file's header shall."""
-        sources = {calibration.source for calibration in calibrations if calibration is not None}
-        return {
-            "ziplora.version": version("ziplora"),
-            "ziplora.algorithm": str(ALGORITHM),
-            "ziplora.dtype": str(self.base.dtype).removeprefix("torch."),
-            "ziplora.calibrated_on": ", ".join(sorted(sources)) or "nothing",
-        }
-
-    def _lora(self, concept: Concept) -> LoRA:
-        def load() -> LoRA:
-            with self.files.hold(concept.lora, concept.lora_sha256) as path:
-                try:
-                    return formats.read_lora(path, name=concept.lora).lora
-                except LoRAError as error:
-                    raise BrokenLoRA(f"{concept.role} {concept.id}: {error}", concept.lora_sha256) from error
-
-        lora = self.loras.get(concept.lora_sha256, load)
-        return lora if concept.weight == 1.0 else scaled(lora, concept.weight)
-
-    def _calibration(self, concept: Concept, lora: LoRA, settings: CalibrationSettings) -> Calibration:
-        images = [image.sha256 for image in concept.images]
-        key = calibration_key(
-            concept.lora_sha256, concept.weight, concept.prompt, images, settings, self.base_digest, self.base.dtype
-        )
-
-        def observed() -> bytes:
-            return write_calibration(
-                calibrate(self.base, lora, concept.prompt, self._images(concept), settings, concept.lora_sha256)
-            )
-
-        def load() -> Calibration:
-            # as read back even where it was just made: what is written is rounded, and a job's result shall not depend
-            # on whether another was here before
-            try:
-                return read_calibration(self.observed.get(key, observed), self.base)
-            except FormatError:  # not whole, or of another version
-                self.observed.forget(key)
-                return read_calibration(self.observed.get(key, observed), self.base)
-
-        return self.calibrations.get(key, load)
-
-    def _images(self, concept: Concept | TrainJob) -> list[Image.Image]:
-        pictures = []
-        for image in concept.images:
-            try:
-                with self.files.hold(image.location, image.sha256) as path, Image.open(path) as picture:
-                    pictures.append(ImageOps.exif_transpose(picture).convert("RGB"))
-            except (UnidentifiedImageError, OSError) as error:
-                raise BadInput(
-                    f"{image.location} ({concept.role} {concept.id}) is no readable image: {error}"
-                ) from error
-        return pictures
-
-    def _samples(self, job: Job, written_files: Mapping[str, bytes], merged: Merged) -> dict[str, bytes]:
-        """Pictures of what is published, by object name."""
-        settings, files = job.samples, {}
-        if settings.n_images == 0:
-            return {}
-        loras = sampled_with(written_files, merged, settings.style_strengths)
-        samples = sample_list(job)
-        images = sample_requests(
-            self.base,
-            [Request(loras[sample["style_strength"]], sample["prompt"], sample["seed"]) for sample in samples],
-            steps=settings.steps,
-            guidance=settings.guidance,
-            width=settings.width,
-            height=settings.height,
-            negative=settings.negative,
-            scheduler=settings.scheduler,
-        )
-        for sample, image in zip(samples, images, strict=True):
-            text = {key: sample[key] for key in ("prompt", "seed", "style_strength")} | {"job": job.job_id}
-            files[sample["object"]] = png(image, text)
-        return dict(sorted(files.items()))
-
-    def _report(self, one: Prepared, merged: Merged) -> dict[str, Any]:
-        report: dict[str, Any] = {
-            "merge": dict(merged.report),
-            "device": self.device.model,
-            "dtype": str(self.base.dtype).removeprefix("torch."),
-            "compiled": self.base.backend,
-            "merged_beside": one.neighbours,  # other pairs in the same forward pass: they change the last bits
-        }
-        sides = zip((one.job.subject, one.job.style), one.calibrations, (one.subject, one.style), strict=True)
-        for concept, calibration, lora in sides:
-            carried = [path for path in lora.layers if path not in self.base.slots.targets]
-            report[concept.role] = {
-                "calibrated_on": calibration.source if calibration else None,
-                "merged_modules": len(lora.layers) - len(carried),
-                "carried_modules": len(carried),
-            }
-            if concept.trained:
-                report[concept.role]["lora_sha256"] = self.trained.with_file(concept).lora_sha256
-        report["samples"] = sample_list(one.job)
-        report["peak_bytes"] = max(one.peak_bytes, self.device.peak_bytes())
-        return report
 
 
 class _Waited:

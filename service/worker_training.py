@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -23,14 +23,12 @@ from service.jobs import TRAINING_ALGORITHM, Concept, Job, TrainJob, canonical_j
 from service.messages import Began, JobResult, Learned, Message
 from service.trained import TrainedLoRA, TrainedLoRAs
 from service.translation import failed, translated
+from service.worker_inputs import Prepared
 from ziplora import formats
 from ziplora.base import Base
 from ziplora.joint import joint_training, jointly_merged
 from ziplora.merged import Instances, Merged, Pictures
 from ziplora.train import Training, TrainSettings, finite_steps
-
-if TYPE_CHECKING:
-    from service.worker import Prepared
 
 T = TypeVar("T")
 Waiting = Callable[[Callable[[], T]], Generator[Message, None, T]]
@@ -80,7 +78,7 @@ class Trainer:
             instances(job.subject, self.images(job.subject)), instances(job.style, self.images(job.style)), job.seed
         )
 
-    def joint(self, one: "Prepared", waiting: "Waiting[Any]") -> Generator[Message, None, Merged | Exception]:
+    def joint(self, one: Prepared, waiting: "Waiting[Any]") -> Generator[Message, None, Merged | Exception]:
         """A pair's own training: `ziplora.joint`, with checkpoints. What it raises is its value, as of other merges."""
         assert one.pictures is not None
         self.device.memory()  # peaks count from here

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from service import Catalog
 from service.errors import Corrupted, NotFound
-from service.worker import Worker, WorkerSettings
+from service.messages import WorkerSettings
+from service.worker import Worker
 from tests.catalogs import files_of, fill, identity
 from tests.conftest import Swift
 from tests.grid import Grid

@@ -12,8 +12,9 @@ from service.catalog import Catalog
 from service.entry import Entry, Object
 from service.errors import BadInput
 from service.export import as_entry, export
+from service.messages import WorkerSettings
 from service.pull_layouts import Shown, placed
-from service.worker import Worker, WorkerSettings
+from service.worker import Worker
 from tests.grid import Grid
 from tests.test_worker import jobs_of
 from ziplora import formats

@@ -20,9 +20,10 @@ from service import events
 from service.errors import ManifestError
 from service.jobs import Job
 from service.manifest import read_manifest
+from service.messages import WorkerSettings
 from service.metrics import Metrics
 from service.plan import Plan, plan
-from service.worker import Worker, WorkerSettings
+from service.worker import Worker
 from tests.commands import ziplora
 from tests.grid import Grid
 from tests.tiny_scorers import tiny_clip, tiny_resnet, tiny_vit

@@ -33,7 +33,8 @@ class Script:
                 return number
 
     def __call__(self, settings: WorkerSettings) -> Any:
-        from service.worker import Prepared, Worker
+        from service.worker import Worker
+        from service.worker_inputs import Prepared
         from ziplora.merged import Merged
 
         script = self
