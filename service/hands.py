@@ -1,4 +1,5 @@
-"""What each worker has in hand, as the control loop keeps it, and how late it is with that."""
+"""The workers of a run as the control loop keeps them: who has nothing to do, who rests, what each has in hand, and how
+late it is with that."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,46 @@ class Hand:
     side_by_side: int = 1
     leaving: bool = False
     failures: int = 0  # of jobs, one after another
+
+
+class Hands:
+    """The workers that are ready, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, Hand] = {}
+        self.free: dict[str, None] = {}  # to be fed
+        self.resting: dict[str, None] = {}  # free, and there was nothing for them
+        self.sick: dict[str, float] = {}  # worker → until when it rests
+        self.copied: set[str] = set()  # jobs that two workers were given
+
+    def join(self, worker: str) -> None:
+        self.of[worker] = Hand()
+        self.free[worker] = None
+
+    def leave(self, worker: str) -> Hand | None:
+        """What it had in hand; None if it never was ready."""
+        self.free.pop(worker, None)
+        self.resting.pop(worker, None)
+        return self.of.pop(worker, None)
+
+    def wake(self) -> None:
+        """There is something new to do: those at rest are to be fed again."""
+        self.free |= self.resting
+        self.resting.clear()
+
+    def twin(self, job_id: str, worker: str) -> str | None:
+        """The other worker that has the job in hand."""
+        if job_id not in self.copied:
+            return None
+        return next((other for other, hand in self.of.items() if other != worker and job_id in hand.given), None)
+
+    def ended(self, job_id: str) -> None:
+        """The job is over; whoever has a copy of it goes on with that for nothing."""
+        if job_id in self.copied:
+            for hand in self.of.values():
+                if hand.given.pop(job_id, None) is not None:
+                    hand.begun.discard(job_id)
+                    hand.done_elsewhere.add(job_id)
 
 
 def late_jobs(hand: Hand, now: float, job_s: Callable[[Work], float | None]) -> Iterator[tuple[float, Work]]:

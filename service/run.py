@@ -1,45 +1,33 @@
-"""The control loop: tiles out to workers, results in, until each job is committed or given up. Everything else is
-policy (tiles.py, faults.py, pace.py) or a pool."""
+"""The control loop: tiles out to workers, results in, until each job is committed or given up.
 
-import random
+hands.py keeps what each worker has in hand and backlog.py what nobody has; outcomes.py says what becomes of a job that
+ended. Everything else is policy (tiles.py, faults.py, pace.py) or a pool.
+"""
+
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from service import events
-from service.boards import Boards
+from service.backlog import Backlog
 from service.catalog import Catalog
-from service.errors import NotFound, RunStopped, ServiceError, StorageError, WorkerLost
+from service.errors import ServiceError, WorkerLost
 from service.events import Event, Observer
-from service.faults import Breaker, Fault, Limits, backoff_s
-from service.hands import Hand, late_jobs
+from service.faults import Fault, Limits
+from service.hands import Hand, Hands, late_jobs
 from service.jobs import TRAINING, Job, TrainJob, Work
 from service.messages import Began, JobResult, Learned, Stalled, Tile, TileDone
+from service.outcomes import Outcomes, Progress
 from service.pace import Pace
 from service.pool import Leaving, Lost, Pool, Ready, Report, Said
 from service.records import FailureRecords
-from service.retries import Retries
 from service.tiles import copies, tile_size, workers_wanted
-from service.trainings import Trainings
 
 POLL_S = 0.5
 OUTLOOK_S = 5.0  # between two estimates of the end
 GATHERING_S = 900.0  # in which workers may still come that have more memory than those that are there
 COPY_LOOK_S = 2.0  # between two looks for jobs that an idle worker shall do as well
-SICK_AFTER = 5  # jobs that fail one after another on a worker, before it rests
-SICK_S = (30.0, 600.0)  # for how long, at first and at most
-
-
-@dataclass(slots=True)
-class Progress:
-    """Where the jobs of a run stand. `attempts` by job id, those that count and the one that committed."""
-
-    left: int
-    attempts: dict[str, int] = field(default_factory=dict)
-    committed: list[Job] = field(default_factory=list)
-    given_up: list[tuple[Job, str]] = field(default_factory=list)
 
 
 def run(
@@ -101,22 +89,13 @@ class _Loop:
         need: Callable[[Job], int] | None,
         clock: Callable[[], float],
     ) -> None:
-        self.pool, self.records, self.limits, self.observers = pool, records, limits, observers
-        self.pace, self.clock = pace, clock
-        self.trainings = Trainings(trainings, jobs)
-        self.board = Boards(self.trainings.ready, pool.size, need)
-        self.progress = Progress(len(jobs))
-        self.left = Counter(job.method for job in jobs)  # not settled, by method
-        self.hands: dict[str, Hand] = {}  # of workers that are ready
-        self.free: dict[str, None] = {}  # to be fed
-        self.resting: dict[str, None] = {}  # free, and there was nothing for them
-        self.retries = Retries(limits)
-        self.sick: dict[str, float] = {}  # worker → until when it rests
-        self.broken: set[str] = set()  # LoRAs that no partner can use
-        self.breaker = Breaker()
-        self.random = random.Random(0)  # jitter only
+        self.pool, self.limits, self.observers, self.pace, self.clock = pool, limits, observers, pace, clock
+        self.hands = Hands()
+        self.backlog = Backlog(jobs, trainings, pool.size, need, limits)
+        self.board = self.backlog.board
+        self.outcomes = Outcomes(jobs, self.backlog, self.hands, pool, pace, records, limits, self.tell, clock)
+        self.progress = self.outcomes.progress
         self.last_loss: ServiceError | None = None
-        self.copied: set[str] = set()  # jobs that two workers were given
         self.started = clock()
         self.next_look = self.next_outlook = self.next_copies = 0.0
 
@@ -129,8 +108,8 @@ class _Loop:
             if self.pool.size == 0:
                 raise self.last_loss or WorkerLost("no worker could be started")
             self._wake()
-            while self.free:
-                self._feed(next(iter(self.free)))
+            while self.hands.free:
+                self._feed(next(iter(self.hands.free)))
             for report in self.pool.wait(POLL_S):
                 self._take(report)
             if self.pool.size > self._useful():
@@ -141,34 +120,33 @@ class _Loop:
     def _wake(self) -> None:
         """Workers that had nothing to do look again, now and then, for jobs whose time has come."""
         now = self.clock()
-        self.board.complete = len(self.hands) >= self.pool.size or now - self.started > GATHERING_S
-        if self.resting and (self.retries or self.sick or self.board.left) and now >= self.next_look:
+        hands = self.hands
+        self.board.complete = len(hands.of) >= self.pool.size or now - self.started > GATHERING_S
+        if hands.resting and (self.backlog.retries or hands.sick or self.board.left) and now >= self.next_look:
             self.next_look = now + POLL_S
-            self.free |= self.resting
-            self.resting.clear()
+            hands.wake()
         if now >= self.next_outlook:
             self.next_outlook = now + OUTLOOK_S
-            left = self.left + Counter({TRAINING: self.trainings.left})
-            seconds = self.pace.seconds_left(left, self.hands, self.board.loads)
+            left = self.outcomes.left + Counter({TRAINING: self.backlog.trainings.left})
+            seconds = self.pace.seconds_left(left, hands.of, self.board.loads)
             self.pool.grow(workers_wanted(self.pace.work_s(left, self.board.loads), left.total()))
-            self.tell(events.Outlook(self.progress.left, len(self.hands), seconds, self.pace.stages()))
-
-        if self.resting and not self.board.left and now >= self.next_copies:
+            self.tell(events.Outlook(self.progress.left, len(hands.of), seconds, self.pace.stages()))
+        if hands.resting and not self.board.left and now >= self.next_copies:
             self.next_copies = now + COPY_LOOK_S
             self._copy(now)
 
     def _feed(self, worker: str) -> None:
-        del self.free[worker]
-        hand = self.hands[worker]
+        del self.hands.free[worker]
+        hand = self.hands.of[worker]
         tile = None if hand.leaving else self._next(worker, hand)
         if tile is None and hand.given:
             tile = Tile(())  # the rest of its uploads
         if tile is None and hand.leaving:
-            del self.hands[worker]
+            self.hands.leave(worker)
             self.pool.replace(worker)
             return
         if tile is None:
-            self.resting[worker] = None
+            self.hands.resting[worker] = None
             return
         self._give(worker, hand, tile)
 
@@ -186,26 +164,28 @@ class _Loop:
             return
         late = [
             (seconds, job)
-            for worker, hand in self.hands.items()
+            for worker, hand in self.hands.of.items()
             for seconds, job in late_jobs(hand, now, partial(self._learned_s, worker))
             # a second training would go on from the first one's checkpoints, and be no earlier
-            if isinstance(job, Job) and job.job_id not in self.copied and not self.retries.knows(job.job_id)
+            if isinstance(job, Job)
+            and job.job_id not in self.hands.copied
+            and not self.backlog.retries.knows(job.job_id)
         ]
-        idle = [
-            (self.pace.learned_s(None, worker) or 0.0, worker) for worker in self.resting if worker not in self.sick
-        ]
+        well = [worker for worker in self.hands.resting if worker not in self.hands.sick]
+        idle = [(self.pace.learned_s(None, worker) or 0.0, worker) for worker in well]
         for worker, job in copies(late, idle):
             if self.board.fits(job, worker):
-                del self.resting[worker]
-                self.copied.add(job.job_id)
-                self._give(worker, self.hands[worker], Tile((job,)))
+                del self.hands.resting[worker]
+                self.hands.copied.add(job.job_id)
+                self._give(worker, self.hands.of[worker], Tile((job,)))
 
     def _learned_s(self, worker: str, job: Work) -> float | None:
         return self.pace.learned_s(job.method, worker)
 
     def _useful(self) -> int:
         """Workers that could have something to do: as many as jobs, twice if each may be copied, and trainings."""
-        return self.progress.left * (1 + bool(self.limits.copies and self.pace.stages())) + self.trainings.left
+        copied = bool(self.limits.copies and self.pace.stages())
+        return self.progress.left * (1 + copied) + self.backlog.trainings.left
 
     def _deadline_s(self, worker: str, hand: Hand, tile: Tile) -> float:
         if not tile.jobs:
@@ -217,31 +197,20 @@ class _Loop:
 
     def _next(self, worker: str, hand: Hand) -> Tile | None:
         now = self.clock()
-        if self.sick.get(worker, 0.0) > now:
+        if self.hands.sick.get(worker, 0.0) > now:
             return None
-        jobs = self.retries.take(worker, now, self.pool.size == 1, lambda job: self._fits(job, worker))
-        if jobs:
-            return Tile(jobs)
-        training = self.trainings.take(self.pool.size, self.board.left)
-        if training is not None:
-            return Tile((training,))
-        method = None if len(self.left) > 1 else next(iter(self.left))
+        first = self.backlog.before_the_grid(worker, now, self.pool.size)
+        if first is not None:
+            return first
+        method = None if len(self.outcomes.left) > 1 else next(iter(self.outcomes.left))
         job_s = self.pace.learned_s(method, worker)
-        n = tile_size(job_s, self.progress.left, len(self.hands), hand.side_by_side)
+        n = tile_size(job_s, self.progress.left, len(self.hands.of), hand.side_by_side)
         return self.board.take(worker, n, hand.held)
 
-    def _fits(self, job: Work, worker: str) -> bool:
-        return isinstance(job, TrainJob) or self.board.fits(job, worker)
-
-    def _too_large(self, job: Work, worker: str) -> bool:
-        return isinstance(job, Job) and self.board.too_large(job, worker)
-
     def _shrink(self) -> None:
-        spare = [worker for worker in (*self.resting, *self.free) if not self.hands[worker].given]
+        spare = [one for one in (*self.hands.resting, *self.hands.free) if not self.hands.of[one].given]
         for worker in self.pool.shrink(self._useful(), spare):
-            self.hands.pop(worker, None)
-            self.free.pop(worker, None)
-            self.resting.pop(worker, None)
+            self.hands.leave(worker)
             self.board.release(worker)
             self.board.leave(worker)
 
@@ -250,26 +219,25 @@ class _Loop:
     def _take(self, report: Report) -> None:
         match report:
             case Ready():
-                self.hands[report.worker] = Hand()
-                self.free[report.worker] = None
+                self.hands.join(report.worker)
                 self.board.join(report.worker, report.n_bytes)
                 self.tell(events.WorkerReady(report.worker, report.device, report.load_s, report.model, report.n_bytes))
             case Said(worker, Began(job_ids)):
-                self._begun(worker, self.hands[worker], job_ids)
+                self._begun(worker, self.hands.of[worker], job_ids)
             case Said(worker, Learned() as at):
-                job = self.hands[worker].given[at.job_id]
+                job = self.hands.of[worker].given[at.job_id]
                 self.tell(events.TrainingAt(job, worker, at.step, at.steps, at.loss))
             case Said(worker, JobResult() as result):
-                hand = self.hands[worker]
+                hand = self.hands.of[worker]
                 hand.begun.discard(result.job_id)
                 if result.job_id in hand.done_elsewhere:
                     hand.done_elsewhere.remove(result.job_id)
                 else:
-                    self._settle(hand.given.pop(result.job_id), worker, result)
+                    self.outcomes.settle(hand.given.pop(result.job_id), worker, result)
             case Said(worker, TileDone() as done):
-                hand = self.hands[worker]
+                hand = self.hands.of[worker]
                 hand.now, hand.tile, hand.held, hand.side_by_side = (), (), done.held, done.side_by_side
-                self.free[worker] = None
+                self.hands.free[worker] = None
                 self.pace.learn_loads(done.misses.get("lora", 0))
                 self.tell(events.TileFinished(worker, done))
             case Said(worker, Stalled(reason)):
@@ -284,43 +252,24 @@ class _Loop:
         for job_id in job_ids:
             if job_id not in hand.given:  # done by another meanwhile
                 continue
-            twin = self._twin(job_id, worker)
+            twin = self.hands.twin(job_id, worker)
             hand.begun.add(job_id)
-            if twin is None or job_id not in self.hands[twin].begun:
-                self._started(hand.given[job_id], worker)
-
-    def _started(self, job: Work, worker: str) -> None:
-        attempt = self.retries.attempts(job.job_id) + 1
-        self.progress.attempts[job.job_id] = attempt
-        if isinstance(job, TrainJob):
-            self.tell(events.TrainingStarted(job, worker, attempt))
-        else:
-            self.tell(events.JobStarted(job, worker, attempt))
-
-    def _twin(self, job_id: str, worker: str) -> str | None:
-        """The other worker that has the job in hand."""
-        if job_id not in self.copied:
-            return None
-        return next((other for other, hand in self.hands.items() if other != worker and job_id in hand.given), None)
+            if twin is None or job_id not in self.hands.of[twin].begun:
+                self.outcomes.started(hand.given[job_id], worker)
 
     def _leave(self, worker: str, reason: str) -> None:
         self.tell(events.WorkerGone(worker, reason, True))
-        hand = self.hands.get(worker)
+        hand = self.hands.of.get(worker)
         if hand is not None:
             hand.leaving = True
             self._release(worker)
-            if worker in self.resting:
-                del self.resting[worker]
-                self.free[worker] = None
 
     def _lost(self, report: Lost) -> None:
         worker = report.worker
         self.last_loss = report.error
         self.tell(events.WorkerGone(worker, str(report.error), report.returns))
         self.pace.forget(worker)
-        hand = self.hands.pop(worker, None)
-        self.free.pop(worker, None)
-        self.resting.pop(worker, None)
+        hand = self.hands.leave(worker)
         self.board.leave(worker)
         if hand is None:
             return
@@ -329,155 +278,22 @@ class _Loop:
         suspects = [job_id for job_id in hand.now if job_id in hand.given]
         jobs = [hand.given.pop(job_id) for job_id in suspects]
         not_begun = [job for job_id, job in hand.given.items() if job_id not in hand.begun]
-        self._put_back([job for job in not_begun if self._twin(job.job_id, worker) is None])
+        self.backlog.put_back([job for job in not_begun if self.hands.twin(job.job_id, worker) is None])
         self._release(worker)
         kind, reason = type(report.error).__name__, str(report.error)
         for job_id in hand.begun & hand.given.keys():  # uploading: whoever takes them up looks for their entries first
-            self._failed([hand.given[job_id]], worker, "none of its", JobResult(job_id, "failed", kind, reason))
+            self.outcomes.failed([hand.given[job_id]], worker, "none of its", JobResult(job_id, "failed", kind, reason))
         n_suspects = len(jobs) + sum(job_id in hand.done_elsewhere for job_id in hand.now)
         fault: Fault = "none of its" if report.preempted else "its own" if n_suspects == 1 else "one of several"
-        if fault == "its own" and jobs and self._is_committed(jobs[0]):  # it died after the commit
-            self._settle(jobs[0], worker, JobResult(jobs[0].job_id, "already"))
+        if fault == "its own" and jobs and self.outcomes.is_committed(jobs[0]):  # it died after the commit
+            self.outcomes.settle(jobs[0], worker, JobResult(jobs[0].job_id, "already"))
             return
         half = (len(jobs) + 1) // 2
         for part in (jobs[:half], jobs[half:]) if fault == "one of several" else ([job] for job in jobs):
             if part:
-                self._failed(list(part), worker, fault, JobResult(part[0].job_id, "failed", kind, reason))
+                self.outcomes.failed(list(part), worker, fault, JobResult(part[0].job_id, "failed", kind, reason))
 
     def _release(self, worker: str) -> None:
+        """What it would have been given next is anybody's again."""
         self.board.release(worker)
-        self.free |= self.resting
-        self.resting.clear()
-
-    def _put_back(self, work: Iterable[Work]) -> None:
-        jobs = []
-        for job in work:
-            if isinstance(job, TrainJob):
-                self.trainings.put_back(job)
-            else:
-                jobs.append(job)
-        self.board.add(jobs)
-
-    def _is_committed(self, job: Work) -> bool:
-        if isinstance(job, TrainJob):
-            return False  # whoever takes it up again finds it trained
-        try:
-            self.records.catalog.entry(job.job_id)
-        except (NotFound, StorageError):
-            return False
-        return True
-
-    # What becomes of a job
-
-    def _settle(self, job: Work, worker: str, result: JobResult) -> None:
-        if result.status == "failed":
-            self._failed([job], worker, "its own", result)
-            return
-        self.breaker.note(None)
-        if (hand := self.hands.get(worker)) is not None and hand.failures:
-            hand.failures = 0
-            self.sick.pop(worker, None)
-        already = result.status == "already"
-        if not already:
-            now = self.clock()
-            self.pace.learn(job.method, worker, result.stages, now - hand.since if hand is not None else None)
-            if hand is not None:
-                hand.since = now
-            self.board.slowness[worker] = self.pace.slowness(worker)
-        if isinstance(job, TrainJob):
-            self.retries.forget(job.job_id)
-            self._add(self.trainings.done(job.job_id))
-            self.tell(events.TrainingDone(job, worker, already, result.stages, result.n_bytes, result.peak_bytes))
-            return
-        self.progress.committed.append(job)
-        self.progress.attempts[job.job_id] = self.retries.attempts(job.job_id) + 1
-        self._end(job)
-        self.tell(
-            events.JobCommitted(
-                job, worker, already, result.stages, result.n_bytes, result.peak_bytes, result.alignments
-            )
-        )
-        self.records.clear(job)
-
-    def _add(self, jobs: Sequence[Job]) -> None:
-        """Jobs that waited for a training and need not any more."""
-        self.board.admit(jobs, self.pool.size)
-        self.free |= self.resting
-        self.resting.clear()
-
-    def _failed(self, jobs: list[Work], worker: str, fault: Fault, result: JobResult) -> None:
-        """`jobs` ended together; those that are tried again stay together unless the verdict says otherwise."""
-        kind, reason, now = result.kind or "Defect", result.reason or "", self.clock()
-        if kind == "OutOfMemory" and fault == "its own" and len(jobs) == 1 and self._too_large(jobs[0], worker):
-            fault = "none of its"  # a larger worker will do it
-        again: list[Work] = []
-        for job in jobs:
-            verdict = self.retries.judge(job, kind, fault, now, self.random.random())
-            attempt = self.progress.attempts[job.job_id]
-            twin = self._twin(job.job_id, worker) if kind not in self.limits.no_retry else None
-            retry = verdict.retry or twin is not None
-            failed = events.TrainingFailed if isinstance(job, TrainJob) else events.JobFailed
-            self.tell(failed(job, worker, attempt, kind, reason, retry, verdict.counts))  # type: ignore[arg-type]
-            if twin is not None:  # which is at it still
-                if job.job_id in self.hands[twin].begun:
-                    self._started(job, twin)
-            elif verdict.retry:
-                again.append(job)
-            else:
-                self._give_up(job, kind, reason, result.traceback or "")
-        if again:
-            self.retries.add(again, worker, verdict, now)
-        if result.broken_lora is not None and result.broken_lora not in self.broken:
-            self._break(result.broken_lora, kind, reason)
-        self._suspect(worker, kind, now)
-        # lost workers and a store that is away are nobody's pattern until jobs are given up for it
-        if kind not in ("WorkerLost", "Unavailable") or not again:
-            tripped = self.breaker.note(kind, reason, worker, self.pool.size)
-            if tripped:
-                raise RunStopped(
-                    f"{tripped}: stopped early, {self.progress.left} jobs are left as they were."
-                    " Mend what it names and run the same command again"
-                )
-
-    def _suspect(self, worker: str, kind: str, now: float) -> None:
-        """A worker on which one job after another fails rests for a while, longer each time: it fails faster than
-        others work, and would use up an attempt of every job there is."""
-        hand = self.hands.get(worker)
-        if hand is not None and kind not in self.limits.no_retry and kind != "Unavailable":
-            hand.failures += 1
-            if hand.failures >= SICK_AFTER and self.pool.size > 1:
-                self.sick[worker] = now + backoff_s(hand.failures - SICK_AFTER + 1, 1.0, *SICK_S)
-                self.board.release(worker)
-
-    def _break(self, lora: str, kind: str, reason: str) -> None:
-        """A LoRA that no partner can use: all that need it are given up with the one reason."""
-        self.broken.add(lora)
-        for job in [*self.board.remove(lora), *self.retries.remove(lora)]:
-            if lora in job.loras:
-                self._give_up(job, kind, reason, "")
-            else:  # it waited together with one of those
-                self._put_back([job])
-
-    def _give_up(self, job: Work, kind: str, reason: str, traceback: str) -> None:
-        if isinstance(job, TrainJob):
-            for waiting in self.trainings.given_up(job.job_id):
-                self._give_up(waiting, kind, f"its {job.role} {job.id} could not be trained: {reason}", traceback)
-            self.retries.forget(job.job_id)
-            return
-        attempts = self.retries.attempts(job.job_id)
-        self.progress.given_up.append((job, reason))
-        self._end(job)
-        self.records.write(job, reason, kind, traceback, attempts)
-        self.tell(events.JobGivenUp(job, kind, reason, attempts))
-
-    def _end(self, job: Job) -> None:
-        self.progress.left -= 1
-        self.left[job.method] -= 1
-        if not self.left[job.method]:
-            del self.left[job.method]
-        self.retries.forget(job.job_id)
-        if job.job_id in self.copied:
-            for hand in self.hands.values():
-                if hand.given.pop(job.job_id, None) is not None:
-                    hand.begun.discard(job.job_id)
-                    hand.done_elsewhere.add(job.job_id)
+        self.hands.wake()

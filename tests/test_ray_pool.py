@@ -26,9 +26,10 @@ from service.crew import Crew
 from service.faults import Limits
 from service.jobs import Job, identity
 from service.messages import Began, JobResult, Message, Tile, TileDone, WorkerSettings
+from service.outcomes import Progress
 from service.pool import Ready, Report
 from service.ray_pool import RayPool
-from service.run import Progress, run
+from service.run import run
 from tests.bench.simulated import grid
 from tests.commands import wait_until
 

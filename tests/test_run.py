@@ -16,9 +16,10 @@ from service.faults import Limits
 from service.jobs import Job
 from service.messages import WorkerSettings
 from service.metrics import Metrics
+from service.outcomes import Progress
 from service.pool import InlinePool, Pool
 from service.ray_pool import RayPool
-from service.run import Progress, run
+from service.run import run
 from tests.commands import wait_until
 from tests.grid import Grid
 from tests.test_worker import jobs_of, settings

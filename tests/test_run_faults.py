@@ -13,7 +13,8 @@ from service.errors import RunStopped
 from service.faults import Limits
 from service.jobs import Job
 from service.metrics import Metrics
-from service.run import Progress, run
+from service.outcomes import Progress
+from service.run import run
 from tests.bench.chaos import chaos
 from tests.bench.simulated import SimulatedPool, World, grid
 from tests.test_metrics import values

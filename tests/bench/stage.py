@@ -27,9 +27,10 @@ from service.faults import Limits
 from service.jobs import Job
 from service.manifest import read_manifest
 from service.messages import WorkerSettings
+from service.outcomes import Progress
 from service.plan import plan
 from service.ray_pool import RayPool
-from service.run import Progress, run
+from service.run import run
 from tests.bench.scripted_worker import Script
 from tests.commands import wait_until
 from tests.swift_node import SwiftNode, swift_node
