@@ -11,6 +11,7 @@ from functools import partial
 
 from service import events
 from service.backlog import Backlog
+from service.best import trains
 from service.catalog import Catalog
 from service.errors import ServiceError, WorkerLost
 from service.events import Event, Observer
@@ -168,6 +169,7 @@ class _Loop:
             for seconds, job in late_jobs(hand, now, partial(self._learned_s, worker))
             # a second training would go on from the first one's checkpoints, and be no earlier
             if isinstance(job, Job)
+            and not trains(job.method)
             and job.job_id not in self.hands.copied
             and not self.backlog.retries.knows(job.job_id)
         ]
