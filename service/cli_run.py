@@ -184,19 +184,24 @@ def execute(
     if live is not None:
         live.close()
     leave_record(catalog, run_id, manifest, metrics, summary)
+    indexed = True
     if not unfinished:  # an unfinished run shall end at once; the next one brings the index up to date
-        index = catalog.build_index()
-        OUT.print(f"catalog: {planned.output} ({index.entries} merges, digest {index.digest[:16]})", soft_wrap=True)
-        if live is not None:
-            live.finish()
-            OUT.print(f"to look at it: {planned.output}/gallery.html", soft_wrap=True)
+        try:
+            index = catalog.build_index()
+            OUT.print(f"catalog: {planned.output} ({index.entries} merges, digest {index.digest[:16]})", soft_wrap=True)
+            if live is not None:
+                live.finish()
+                OUT.print(f"to look at it: {planned.output}/gallery.html", soft_wrap=True)
+        except StorageError as error:  # no reason to hide what was done, and what was not
+            indexed = False
+            complain(f"{error}; once that is mended: ziplora index {planned.output}")
     summary.show(len(planned.committed))
     if problem is not None:
         raise problem
     if interrupted:
         OUT.print(f"interrupted; what is committed stays. To go on: {the_same_command()}", soft_wrap=True)
         return 130
-    return 1 if summary.given_up else 0
+    return 1 if summary.given_up or not indexed else 0
 
 
 def crew_of(options: dict[str, Any]) -> Crew:
