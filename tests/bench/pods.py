@@ -80,7 +80,7 @@ styles:
   ice: {lora: styles/ice/ice.safetensors, prompt: a house in szn style, images: styles/ice/*.png}
   retro: {lora: styles/retro/retro.safetensors, prompt: a cat in szn style, images: styles/retro/*.png}
   arcade: {lora: styles/arcade/arcade.safetensors, prompt: a flower in szn style, images: styles/arcade/*.png}
-merge: {method: ziplora, steps: 20, seeds: [0, 1, 2, 3]}
+merge: {method: ziplora, steps: 20, seeds: [0, 1, 2, 3, 4, 5]}
 samples: {prompts: ["a {subject} in {style}"], steps: 4}
 output: s3://grids/catalog
 """

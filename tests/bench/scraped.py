@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
@@ -109,6 +110,11 @@ class Prometheus:
 
     def pages(self) -> dict[str, bytes]:
         """What the pods' metrics ports say, and what Prometheus keeps of it."""
-        urls = [target["scrapeUrl"] for target in self.ask("targets")["activeTargets"] if target["health"] == "up"]
-        series = json.dumps(self.ask("series", **{"match[]": '{__name__=~".+"}'})).encode()
-        return {**{url: get(url) for url in urls}, "all series": series}
+        found = {"all series": json.dumps(self.ask("series", **{"match[]": '{__name__=~".+"}'})).encode()}
+        for target in self.ask("targets")["activeTargets"]:
+            try:
+                found[target["scrapeUrl"]] = get(target["scrapeUrl"])
+            except urllib.error.URLError as error:  # a drained worker has ended, and Prometheus has not asked since
+                if not isinstance(error.reason, ConnectionRefusedError):
+                    raise
+        return found
