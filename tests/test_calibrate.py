@@ -15,7 +15,7 @@ from ziplora.calibration_files import calibration_key, read_calibration, write_c
 from ziplora.calibration_settings import CalibrationSettings
 from ziplora.errors import FormatError
 from ziplora.module_names import CONTEXT, input_of
-from ziplora.moments import STORED_SHARE, compact, output_weights, readers, restored
+from ziplora.moments import STORED_SHARE, compact, readers, restored, weigh_outputs
 
 PICTURES = [Image.linear_gradient("L"), Image.radial_gradient("L")]
 SETTINGS = CalibrationSettings(draws=6, seed=0, noise="separate", size=32, moments="inputs+outputs")
@@ -68,8 +68,9 @@ def test_output_weights_are_the_trace_of_the_gauss_newton_matrix(base: Base) -> 
     path = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0"
     noisy = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     at, prompt, layer = torch.tensor([300, 700]), base.encode_prompts(["a dog"]), base.slots.layers[path]
-    found = output_weights(base, noisy, at, prompt, seed=5)
+    found, predictions_too = weigh_outputs(base, noisy, at, prompt, seed=5)
     assert found.keys() == base.slots.targets.keys()
+    torch.testing.assert_close(predictions_too, predictions(base, noisy, at, prompt), rtol=1e-12, atol=1e-14)
     generator, expected = torch.Generator().manual_seed(5), 0.0
     for i in range(2):
         changes: list[Tensor] = []

@@ -21,7 +21,7 @@ from torch import Tensor
 from ziplora.base import Base, Conditioning
 from ziplora.calibration_settings import SELF_GUIDANCE, SELF_IMAGES, SELF_STEPS, CalibrationSettings
 from ziplora.lora import LoRA, digest
-from ziplora.moments import output_weights, recorded, total_bytes
+from ziplora.moments import recorded, total_bytes, weigh_outputs
 from ziplora.sample import sample_latents
 
 TEACHER_ROWS = 4  # predictions per forward pass
@@ -79,12 +79,16 @@ def calibrate(
         index, noise, timesteps = draw(len(latents), latents.shape[1:], base.n_timesteps, settings.draws, seed)
         clean = latents[index.to(latents.device)]
         noisy = base.add_noise(clean, noise.to(clean), timesteps)
+        n = WEIGHT_ROWS if settings.moments == "inputs+outputs" else 0
+        weights, targets = None, []
         with recorded(base.slots) if settings.moments != "none" else nullcontext() as moments:
-            target = predictions(base, noisy, timesteps, conditioning)
-        weights = None
-        if settings.moments == "inputs+outputs":
-            rows, z_seed = slice(WEIGHT_ROWS), derived_seed(seed, "output weights")
-            weights = output_weights(base, noisy[rows], timesteps[rows], conditioning, z_seed)
+            if n:
+                z_seed = derived_seed(seed, "output weights")
+                weights, first = weigh_outputs(base, noisy[:n], timesteps[:n], conditioning, z_seed)
+                targets.append(first)
+            if len(noisy) > n:
+                targets.append(predictions(base, noisy[n:], timesteps[n:], conditioning))
+        target = torch.cat(targets)
     return Calibration(prompt, noisy, timesteps, target, conditioning, source, moments, weights)  # type: ignore[arg-type]
 
 

@@ -68,42 +68,44 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def output_weights(
+def weigh_outputs(
     base: Base, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, seed: int
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Tensor]:
     """w of every target: a change δy of its output, independent over positions, changes the mean square of the
-    prediction by about w·E‖δy‖².
+    prediction by about w·E‖δy‖². And the predictions, like noisy: a draw that is weighed needs no other pass.
 
     With g = ∂(zᵀε/√numel)/∂y of one backward pass and Gaussian z, E[g gᵀ] is the Gauss-Newton matrix H of the mean
     square at that position; w = Σ_positions tr(H)/out, averaged over the rows. One row at a time, to keep one row's
     activations.
     """
-    sums: dict[str, float] = dict.fromkeys(base.slots.targets, 0.0)
+    sums: dict[str, Tensor | float] = dict.fromkeys(base.slots.targets, 0.0)
 
     def watch(path: str) -> Callable[[Any, Any, Tensor], None]:
         def add(gradient: Tensor) -> None:
-            sums[path] += (gradient.double().square().sum() / gradient.shape[-1]).item()
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+            sums[path] = sums[path] + norm.square() / gradient.shape[-1]
 
         def follow(_: Any, __: Any, output: Tensor) -> None:
+            if not output.requires_grad:  # no parameter is trained: the graph begins at the first targets
+                output.requires_grad_()
             output.register_hook(add)
 
         return follow
 
     generator = torch.Generator().manual_seed(seed)
     hooks = [base.slots.layers[path].register_forward_hook(watch(path)) for path in base.slots.targets]
+    predictions = []
     try:
         with torch.enable_grad():
-            for i in range(len(noisy)):
-                # no parameter is trained: the graph hangs on both of the UNet's inputs
-                row = noisy[i : i + 1].detach().requires_grad_()
-                prompt = Conditioning(conditioning.embeds.detach().requires_grad_(), conditioning.pooled)
-                predicted = base.predict_noise(row, timesteps[i : i + 1], prompt)
+            for row, at in zip(noisy.split(1), timesteps.split(1), strict=True):
+                predicted = base.predict_noise(row, at, conditioning)
+                predictions.append(predicted.detach())
                 z = torch.randn(predicted.shape, generator=generator).to(predicted)
                 ((z * predicted).sum() / predicted.numel() ** 0.5).backward()
     finally:
         for hook in hooks:
             hook.remove()
-    return {path: total / len(noisy) for path, total in sums.items()}
+    return {path: float(total) / len(noisy) for path, total in sums.items()}, torch.cat(predictions)
 
 
 # Compact storage

@@ -16,7 +16,7 @@ def ziplora_refined(base: Base, pairs: Sequence[Pair], knobs: RefinedKnobs) -> l
     """The first two terms of Eq. 3 (arXiv 2311.13600v2), descended from the mergers of `column_solution`.
 
     With `lbfgs` in u, m = m₀ + L⁻ᵀu, where L·Lᵀ = 2·w·(Q + ρtI): J of a layer is the quadratic with Hessian 2Q of the
-    mean square of its output, and w of its outputs makes that one of the prediction (see `moments.output_weights`).
+    mean square of its output, and w of its outputs makes that one of the prediction (see `moments.weigh_outputs`).
     The factors of a pair take 19 GB of fp32 for SDXL; Adam needs none. Raises what `ziplora` raises.
     """
     lbfgs = knobs.optimizer == "lbfgs"
