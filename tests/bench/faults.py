@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from service import events
-from tests.bench import cut_off
+from tests.bench import cut_off, trainings
 from tests.bench.record import figures_of, save
 from tests.bench.stage import LIMITS, PATIENCE_S, Scene, check, driver, failures, found_by, log_of, stage
 from tests.commands import wait_until
@@ -183,6 +183,7 @@ LOST = (kill_9, node_killed, node_joins, node_drained, hang, poison, driver_kill
 SCENARIOS: dict[str, tuple[Callable[[str], AbstractContextManager[Scene]], Scenario]] = {
     **{scenario.__name__: (stage, scenario) for scenario in LOST},
     "store_down": (partial(stage, with_store=True), store_down),
+    "training_killed": (partial(stage, nodes=0, write=trainings.manifest), trainings.training_killed),
     **{scenario.__name__: (cut_off.machines, scenario) for scenario in cut_off.SCENARIOS},
 }
 

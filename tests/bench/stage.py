@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 from service import events
 from service.catalog import Catalog
 from service.faults import Limits
-from service.jobs import Job
+from service.jobs import Job, TrainJob
 from service.manifest import read_manifest
 from service.messages import WorkerSettings
 from service.outcomes import Progress
@@ -59,6 +59,7 @@ class Scene:
     progress: Progress | None = None
     pool: RayPool | None = None
     limits: Limits = LIMITS
+    trainings: tuple[TrainJob, ...] = ()  # that some of the jobs wait for
     at: list[tuple[float, Callable[[], None]]] = field(default_factory=list)  # share committed → what happens then
     actors: Callable[[], list[int]] = actors  # processes of workers that live
     garbage: int = 0  # attempts and half-written files that killed processes left, see `check`
@@ -79,6 +80,7 @@ class Scene:
                 run_id="faults",
                 limits=self.limits,
                 observers=[self._note],
+                trainings=self.trainings,
             )
         finally:
             self.pool.close()
@@ -88,10 +90,10 @@ class Scene:
         if self.at and self.n_committed() >= self.at[0][0] * len(self.jobs):
             self.at.pop(0)[1]()
 
-    def during(self, act: Callable[[], None]) -> None:
+    def during(self, act: Callable[[], None], workers: int = 3) -> None:
         """Drive the run while `act` goes on beside it."""
         done = self.beside.submit(act)
-        self.drive()
+        self.drive(workers=workers)
         done.result()
 
     def add_node(self) -> None:
@@ -183,9 +185,9 @@ def manifest(root: Path) -> Path:
     return path
 
 
-def scene_in(root: Path) -> Scene:
-    """The grid, planned; nobody to work on it yet."""
-    planned = plan(read_manifest(manifest(root)))
+def scene_in(root: Path, write: Callable[[Path], Path] = manifest) -> Scene:
+    """The grid, planned; nobody to work on it yet. `write` leaves its manifest in a directory."""
+    planned = plan(read_manifest(write(root)))
     planned.check()
     assert planned.base is not None
     settings = WorkerSettings(
@@ -197,23 +199,27 @@ def scene_in(root: Path) -> Scene:
         cache_dir=str(root / "cache"),
         store_patience_s=120,
     )
-    return Scene(root, planned.jobs, settings, Script({}, root / "counts", pause_s=0.25))
+    script = Script({}, root / "counts", pause_s=0.25)
+    return Scene(root, planned.jobs, settings, script, trainings=planned.trainings)
 
 
 @contextmanager
-def stage(name: str, with_store: bool = False) -> Iterator[Scene]:
-    """Three nodes with a processor each, and a head without; `with_store`: the catalog lies on an S3 server."""
+def stage(
+    name: str, with_store: bool = False, nodes: int = 3, write: Callable[[Path], Path] = manifest
+) -> Iterator[Scene]:
+    """Nodes with a processor each, and a head without; with no `nodes` the head has one. `with_store`: the catalog lies
+    on an S3 server. `write` as for `scene_in`."""
     with tempfile.TemporaryDirectory(prefix=f"faults-{name}-") as directory, ExitStack() as stack:
-        scene = scene_in(Path(directory))
+        scene = scene_in(Path(directory), write)
         if with_store:
             scene.store = stack.enter_context(swift_node(Path(directory) / "swift"))
             os.environ.update(scene.store.environment)  # before Ray starts, whose workers have it from there
             boto3.client("s3").create_bucket(Bucket="faults")
             scene.settings = replace(scene.settings, catalog="s3://faults/catalog")
-        scene.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0})
+        scene.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0 if nodes else 1})
         scene.address = scene.cluster.address
         try:
-            for _ in range(3):
+            for _ in range(nodes):
                 scene.add_node()
             yield scene
         finally:
