@@ -198,9 +198,9 @@ def resident(pipeline: DiffusionPipeline) -> Base:
 
 
 def _extras(directory: str | Path) -> dict[str, Any]:
-    """Arguments that only one of the pipelines takes: no safety checker for SD 1.5, no watermark for SDXL (it would
-    alter every sample)."""
+    """Arguments that only one of the pipelines takes: for SD 1.5 no safety checker, nor the feature extractor before
+    it, which nobody fetches; no watermark for SDXL (it would alter every sample)."""
     name = DiffusionPipeline.load_config(str(directory)).get("_class_name")
     if name == "StableDiffusionXLPipeline":
         return {"add_watermarker": False}
-    return {"safety_checker": None, "requires_safety_checker": False}
+    return {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
