@@ -42,7 +42,7 @@ class Parcel:
 def pack(manifest: Manifest) -> Parcel:
     """What has to travel with a local manifest. ManifestError for files that are not there, and for a relative output,
     which would be lost with the job's directory."""
-    source = Path(manifest.name).expanduser().absolute()
+    source = Path(os.path.abspath(Path(manifest.name).expanduser()))  # no `..` in what becomes a key
     found, there, problems = [source], [], []
     for field, text, is_model in _locations(read_yaml(manifest.source).value):
         if text.startswith(("/", "~")):

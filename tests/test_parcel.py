@@ -41,6 +41,12 @@ def test_relative_paths_travel_and_others_stay(manifest: Path, tmp_path: Path) -
     assert read_manifest(tmp_path / "laid out/here/grid.yaml").digest == read_manifest(manifest).digest
 
 
+def test_where_it_is_sent_from_does_not_matter(manifest: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pack(read_manifest("../here/grid.yaml")) == pack(read_manifest(manifest))
+
+
 def test_pictures_without_a_lora_travel_with_their_captions(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "here/dog/2.txt").write_text("a dog on a beach")
     manifest.write_text(manifest.read_text().replace("lora: ../loras/dog.safetensors, ", ""))
