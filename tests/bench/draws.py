@@ -18,10 +18,11 @@ from tests.bench.measuring import RESULTS
 from tests.bench.quality_measures import Cell, Settings, Stand, parse_variant
 from tests.bench.record import save
 from ziplora import pocket
+from ziplora.calibrate import WEIGHT_ROWS
 from ziplora.methods import METHODS
 
 DRAWS = {"ziplora-closed": (4, 8, 16, 32, 64), "ziplora-matrix": (8, 16, 32)}
-ROWS = (1, 2, 4, 8)  # of output weights, for ziplora-matrix
+ROWS = (1, 2, 4, 6, 8)  # of output weights, for ziplora-matrix
 
 
 def measure(stand: Stand, cells: list[Cell], name: str, draws: int, rows: int) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def main() -> None:
     rows = []
     for name, known in DRAWS.items():
         for draws in known:
-            for n in ROWS if name == "ziplora-matrix" and draws == 16 else (8,):
+            for n in ROWS if name == "ziplora-matrix" and draws == 16 else (WEIGHT_ROWS,):
                 rows.append(measure(stand, cells, name, draws, n))
                 print({key: value for key, value in rows[-1].items() if key != "by_seed"}, flush=True)
     save(RESULTS / "draws.json", {"pairs": len(cells) // options.seeds, "rows": rows})

@@ -56,7 +56,8 @@ def main() -> None:
         root = Path(directory)
         planned = plan(read_manifest(everything(root)))
         planned.check()
-        assert planned.base is not None and planned.duration is not None
+        assert planned.base is not None
+        assert planned.duration is not None
         metrics = Metrics("scrape")
         server = metrics.serve(port, "127.0.0.1")
         (root / "prometheus.yml").write_text(

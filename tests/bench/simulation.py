@@ -24,7 +24,7 @@ from service.catalog import Catalog
 from service.jobs import Job
 from service.messages import Tile, TileDone
 from service.metrics import Metrics
-from service.pool import Ready, Report, Said
+from service.pool import Lost, Ready, Report, Said
 from service.run import run
 from service.tiles import TILE_SIDE, Board, cut, loras
 from tests.bench.record import figures_of, save
@@ -152,19 +152,16 @@ def pair_by_pair(name: str) -> dict[str, object]:
     jobs = grid(subjects, styles)
     pool = SimulatedPool(workers, world, seed=1)
     left = list(reversed(jobs))
-    given: dict[str, Job] = {}
-    n_done = 0
-    while n_done < len(jobs):
+    given: dict[str, list[Job]] = {}  # the last one's upload goes on beside the next
+    while len(pool.done) < len(jobs):
         for report in pool.wait(0.5):
-            if isinstance(report, Said) and not isinstance(report.message, TileDone):
-                n_done += getattr(report.message, "status", None) == "committed"
-            elif isinstance(report, Said | Ready):
+            if isinstance(report, Ready) or (isinstance(report, Said) and isinstance(report.message, TileDone)):
                 tile = Tile((left.pop(),)) if left else Tile(())
-                given[report.worker] = tile.jobs[0] if tile.jobs else given[report.worker]
+                given.setdefault(report.worker, []).extend(tile.jobs)
                 if left or tile.jobs or pool.workers[report.worker].uploads:
                     pool.start(report.worker, tile, math.inf)
-            elif report.worker in given and given[report.worker].job_id not in pool.done:
-                left.append(given[report.worker])
+            elif isinstance(report, Lost):
+                left.extend(job for job in given.pop(report.worker, ()) if job.job_id not in pool.done)
     return figures(jobs, workers, world, pool)
 
 
