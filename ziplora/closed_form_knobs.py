@@ -11,7 +11,7 @@ from ziplora.optimize_knobs import ZipLoRAKnobs
 @dataclass(frozen=True, slots=True)
 class ClosedKnobs:
     """Settings of the closed forms. draws, noise and size: of the observations, as for ziplora; half of 32 draws costs
-    half and raises the held-out loss by 3 % (matrices: 8 %, tests/bench/results/draws.json). ridge: ρ, how strongly
+    half and raises the held-out loss by 3 % (matrices: 7 %, tests/bench/results/draws.json). ridge: ρ, how strongly
     the solution is pulled towards the direct merge where the observations say little. output_weights: weigh both
     LoRAs' errors in a layer by how much they change the prediction, at the cost of a few backward passes per LoRA."""
 
