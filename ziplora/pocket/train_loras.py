@@ -24,8 +24,9 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", type=Path, default=path(), help="the base as shipped: fp16 values count")
     parser.add_argument("--only", nargs="*", help="names of subjects and styles")
+    parser.add_argument("--tries", type=int, default=TRIES, help="at most; each is half as long again as the last")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
@@ -253,20 +255,20 @@ def main() -> None:
         folder = out / "loras" / task.role / task.name
         if (arguments.only and task.name not in arguments.only) or (folder / "report.json").exists():
             continue
-        write_best(base, task, recogniser, folder)
+        write_best(base, islice(tries(task), max(1, arguments.tries)), recogniser, folder)
 
 
-def write_best(base: Base, task: Task, recogniser: Recogniser, folder: Path) -> None:
+def write_best(base: Base, attempts: Iterable[Task], recogniser: Recogniser, folder: Path) -> None:
     """The first try that is good, or the best of all: its file, its pictures with captions, its report."""
     best: tuple[float, Task, bytes, dict[str, Any]] | None = None
     started = time.monotonic()
-    for number, attempt in enumerate(tries(task), 1):
+    for number, attempt in enumerate(attempts, 1):
         lora, metadata, loss = train(base, attempt)
         file = write(
             lora, attempt.layout, metadata, title=attempt.name, trigger=attempt.trigger, family=base.architecture
         )
         report = judge(base, formats.read_lora(file).lora, attempt, recogniser) | {"loss": loss}
-        log.info("%s, try %d: %s", task.name, number, report)
+        log.info("%s, try %d: %s", attempt.name, number, report)
         if best is None or report["own"] > best[0]:
             best = report["own"], attempt, file, report
         if report["own"] >= GOOD:
