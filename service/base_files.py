@@ -18,16 +18,38 @@ from service.inputs import DigestCache, open_input
 from service.jobs import Architecture, BaseRef
 from ziplora.errors import LoRAError
 from ziplora.layouts import Header, Limits, base_name, module_shapes, read_header_file
-from ziplora.unmerged import MASKED_PIPELINE, UNMERGED
 
-ARCHITECTURES: dict[str, Architecture] = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Base models of one use. `architectures`: by class of the pipeline; `example`: a hub id; `denoiser` and `decoder`:
+    the components that predict what a picture is decoded from, and that decode it."""
+
+    name: str
+    architectures: Mapping[str, Architecture]
+    example: str
+    denoiser: str
+    decoder: str
+
+
+DIFFUSION = Family(
+    "SDXL or SD 1.5",
+    {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"},
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    "unet",
+    "vae",
+)
+MASKED = Family("aMUSEd", {"AmusedPipeline": "amused"}, "amused/amused-256", "transformer", "vqvae")
 COMPONENTS: dict[Architecture, tuple[str, ...]] = {
     "sdxl": ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"),
     "sd15": ("scheduler", "text_encoder", "tokenizer", "unet", "vae"),
+    "amused": ("scheduler", "text_encoder", "tokenizer", "transformer", "vqvae"),
 }
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
+    "vqvae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
@@ -50,7 +72,7 @@ class BaseFiles:
     """A base model as found on disk.
 
     shapes: canonical module path (`unet.…`, `text_encoder.text_model.…`) → weight shape of every linear [out, in] and
-    convolution [out, in, kh, kw] of the UNet and the text encoders. files: relative path → size in bytes of everything
+    convolution [out, in, kh, kw] of the denoiser and the text encoders. files: relative path → size in bytes of all
     that determines results, which is what `digest` covers.
     """
 
@@ -61,7 +83,7 @@ class BaseFiles:
     variant: str | None  # "fp16" when only such weights are there; what diffusers' `variant=` takes
     shapes: Mapping[str, tuple[int, ...]]
     files: Mapping[str, int]
-    default_size: int  # pixels: what the UNet was trained at
+    default_size: int  # pixels: what the denoiser was trained at
     size_step: int  # pixels: widths and heights are multiples of it
     scheduler: str  # class name
     prediction_type: str
@@ -77,26 +99,33 @@ class BaseFiles:
 
 
 def read_base(
-    location: str, revision: str | None = None, *, digests: DigestCache | None = None, download: bool = False
+    location: str,
+    revision: str | None = None,
+    *,
+    digests: DigestCache | None = None,
+    download: bool = False,
+    family: Family = DIFFUSION,
 ) -> BaseFiles:
     """A diffusers directory, `s3://bucket/prefix` (copied to this node once), or a hub id in the local hub cache
     (`download` fetches what is missing).
 
     Raises ManifestError with everything that is wrong, one line each; StorageError for object storage.
     """
-    directory, commit = _find(location, revision, download)
-    architecture, variant, problems = _check_components(directory, location)
+    directory, commit = _find(location, revision, download, family)
+    architecture, variant, problems = _check_components(directory, location, family)
     if problems:
         raise ManifestError("\n".join(problems))
-    unet = read_json(directory / "unet/config.json")
-    vae = read_json(directory / "vae/config.json")
+    denoiser = read_json(directory / family.denoiser / "config.json")
+    decoder = read_json(directory / family.decoder / "config.json")
     scheduler = read_json(directory / "scheduler/scheduler_config.json")
     headers = {
         part: _headers(directory, part, variant) for part in COMPONENTS[architecture] if part in WEIGHTS
-    }  # the VAE's too: a truncated file is found here, not on the GPU
-    shapes = dict(_shapes(headers))
-    _check_unet(location, shapes)
-    vae_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    }  # the decoder's too: a truncated file is found here, not on the GPU
+    shapes = dict(_shapes(headers, family))
+    if family is DIFFUSION:
+        _check_unet(location, shapes)
+    factor = 2 ** (len(decoder["block_out_channels"]) - 1)
+    side = _whole(denoiser.get("sample_size"), f"{family.denoiser}/config.json sample_size", location)
     files = {
         file: (directory / file).stat().st_size for file in sorted(_result_files(directory, architecture, variant))
     }
@@ -108,8 +137,8 @@ def read_base(
         variant=variant,
         shapes=shapes,
         files=files,
-        default_size=_whole(unet.get("sample_size"), "unet/config.json sample_size", location) * vae_factor,
-        size_step=vae_factor,
+        default_size=side * factor,
+        size_step=factor,
         scheduler=str(scheduler.get("_class_name")),
         prediction_type=str(scheduler.get("prediction_type", "epsilon")),
         digest=digest_of(directory, files, digests or DigestCache()),
@@ -123,7 +152,7 @@ def is_hub_id(location: str) -> bool:
     return HUB_ID.fullmatch(location) is not None
 
 
-def _find(location: str, revision: str | None, download: bool) -> tuple[Path, str | None]:
+def _find(location: str, revision: str | None, download: bool, family: Family) -> tuple[Path, str | None]:
     """The directory, and the commit if it is a hub snapshot."""
     if location.startswith("s3://"):
         if revision is not None:
@@ -135,14 +164,17 @@ def _find(location: str, revision: str | None, download: bool) -> tuple[Path, st
             raise ManifestError(f"base {location} is a directory: a revision goes with a hub id only; remove it")
         return path, None
     if path.is_file():
-        raise ManifestError(
-            f"base {location} is a file; expected a diffusers directory: convert a single-file checkpoint with "
+        converted = (
+            ": convert a single-file checkpoint with "
             "StableDiffusionXLPipeline.from_single_file(...).save_pretrained(DIRECTORY)"
+        )
+        raise ManifestError(
+            f"base {location} is a file; expected a diffusers directory{converted if family is DIFFUSION else ''}"
         )
     if not is_hub_id(location):
         raise ManifestError(
             f"base {location} does not exist; expected a diffusers directory, s3://bucket/prefix or a hub id such as "
-            "stabilityai/stable-diffusion-xl-base-1.0"
+            f"{family.example}"
         )
     return find_on_hub("base", location, revision, _download_patterns if download else None)
 
@@ -188,20 +220,19 @@ def needed_files(files: Collection[str]) -> list[str]:
 # What it holds
 
 
-def _check_components(directory: Path, location: str) -> tuple[Architecture, str | None, list[str]]:
+def _check_components(directory: Path, location: str, family: Family) -> tuple[Architecture, str | None, list[str]]:
     """Architecture, variant, and every component that is missing or unfit. ManifestError if it is no such pipeline."""
     index_file = directory / "model_index.json"
     if not index_file.is_file():
         raise ManifestError(
             f"base {location} has no model_index.json{_what_is_there(directory)}; "
-            "expected a diffusers directory of SDXL or SD 1.5"
+            f"expected a diffusers directory of {family.name}"
         )
     found = read_json(index_file).get("_class_name")
-    architecture = ARCHITECTURES.get(str(found))
+    architecture = family.architectures.get(str(found))
     if architecture is None:
-        hint = f"; for StyleDrop see `{UNMERGED['styledrop'].command} --help`" if found == MASKED_PIPELINE else ""
-        raise ManifestError(f"base {location} is a {found}; expected {' or '.join(ARCHITECTURES)}{hint}")
-    variant = _variant(directory)
+        raise ManifestError(_other_kind(location, str(found), family))
+    variant = _variant(directory / family.denoiser)
     problems = []
     for part in COMPONENTS[architecture]:
         if not (directory / part).is_dir():
@@ -218,15 +249,23 @@ def _check_components(directory: Path, location: str) -> tuple[Architecture, str
     return architecture, variant, problems
 
 
+def _other_kind(location: str, found: str, family: Family) -> str:
+    expected = f"base {location} is a {found}; expected {' or '.join(family.architectures)}"
+    if family is MASKED:
+        return f"incompatible base: {expected}, a masked-token model such as {family.example}"
+    styledrop = "; as the base of styledrop it is named in merge: {method: styledrop, base: …}"
+    return f"{expected}{styledrop if found in MASKED.architectures else ''}"
+
+
 def _what_is_there(directory: Path) -> str:
     names = sorted(path.name for path in directory.iterdir())
     shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
     return f" (it holds {shown})" if names else " (it is empty)"
 
 
-def _variant(directory: Path) -> str | None:
+def _variant(denoiser: Path) -> str | None:
     """diffusers' rule: the variant is asked for when the UNet has nothing else."""
-    names = [path.name for path in (directory / "unet").glob("*.safetensors")]
+    names = [path.name for path in denoiser.glob("*.safetensors")]
     has_full = any(_is_weight(name, None) for name in names)
     return "fp16" if not has_full and any(_is_weight(name, "fp16") for name in names) else None
 
@@ -290,10 +329,10 @@ def _headers(directory: Path, part: str, variant: str | None) -> list[Header]:
         raise ManifestError(str(error)) from error
 
 
-def _shapes(headers: Mapping[str, Iterable[Header]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Canonical module path → weight shape, for linears and convolutions of the UNet and the text encoders."""
+def _shapes(headers: Mapping[str, Iterable[Header]], family: Family) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Canonical module path → weight shape, for linears and convolutions of the denoiser and the text encoders."""
     for part, files in headers.items():
-        for header in files if part != "vae" else ():
+        for header in files if part != family.decoder else ():
             for module, shape in module_shapes(header, part).items():
                 if not module.endswith("_embedding"):  # tables of tokens and positions
                     yield module, shape

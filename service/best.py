@@ -39,6 +39,11 @@ def trains(method: str) -> bool:
     return method != BEST and METHODS[method].trains
 
 
+def masked(method: str) -> bool:
+    """Whether it works on a masked-token base of its own, with an adapter for each concept."""
+    return method != BEST and METHODS[method].masked
+
+
 def candidates(job: Job) -> tuple[Job, ...]:
     """What is merged for this job, in order: itself, or for `best` the same job by each of its methods."""
     if job.method != BEST:

@@ -46,9 +46,10 @@ def _table(found: Iterable[TrainedLoRA]) -> Table:
         table.add_column(title)
     for lora in found:
         settings = lora.training.get("settings", {})
+        # an adapter has no prompt but its captions
         table.add_row(
             lora.called,
-            str(settings.get("prompt")),
+            str(settings.get("prompt") or next(iter(lora.training.get("captions", ())), "")),
             str(len(lora.training.get("images", ()))),
             str(settings.get("rank")),
             str(settings.get("steps")),

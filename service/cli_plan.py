@@ -102,7 +102,6 @@ def methods() -> None:
     from dataclasses import fields
 
     from ziplora.methods import METHODS
-    from ziplora.unmerged import UNMERGED
 
     for method in METHODS.values():
         knobs = ", ".join(f"{field.name} {field.default}" for field in fields(method.knobs))
@@ -114,9 +113,6 @@ def methods() -> None:
             "paper": method.paper,
         }
         _print_method(method.name, rows)
-    for other in UNMERGED.values():
-        rows = {"does": other.summary, "yields": other.yields, "needs": other.needs, "command": other.command}
-        _print_method(other.name, rows | {"paper": other.paper})
     of = "several methods on each pair, the one with the highest score kept: {method: best, of: [direct, ziplora]}"
     _print_method("best", {"does": of})
 

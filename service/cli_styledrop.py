@@ -78,7 +78,7 @@ def styledrop(out: Path, overwrite: bool, device: str, dtype: str, threads: int,
 
 def _order(out: Path, options: dict[str, Any]) -> "StyleDropOrder":
     from service.styledrop import Concept, FeedbackOrder, StyleDropOrder
-    from ziplora.styledrop import CONTENTS, AdapterSettings, Mixture
+    from ziplora.styledrop_knobs import CONTENTS, AdapterSettings, Mixture
 
     subject, style = (
         Concept(role, options[role], options[f"{role}_prompt"], options[f"{role}_trigger"])

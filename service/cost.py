@@ -99,7 +99,7 @@ def bytes_of(jobs: Sequence[Job], modules: Mapping[str, Modules], targets: Modul
     for job in jobs:
         samples += sample_bytes(job.samples)
         if trains(job.method):
-            trained = trained_bytes(job.knobs["rank"])
+            trained = trained_bytes(job.knobs["rank"]) if METHODS[job.method].file else 0
             merged += trained
             peft += trained if "peft" in job.outputs else 0
             continue

@@ -15,6 +15,7 @@ from typing import Any
 
 from service.errors import Corrupted, StorageError
 from service.storage import check_key
+from ziplora.methods import METHODS
 
 VERSION = 1
 MAX_BYTES = 4 << 20  # of an entry's JSON
@@ -83,9 +84,10 @@ RECIPE = "recipe.json"  # of a method that leaves no merged LoRA
 def why_no_lora(entry: Entry) -> str:
     """Why the entry has no merged LoRA, and what it has."""
     if RECIPE in entry.objects:
+        method = METHODS.get(entry.merged_by)
         return (
-            f"{entry.method} chooses between the two LoRAs at every step of sampling, so there is no merged LoRA, only"
-            f" images and a recipe: see `ziplora show`, or pull what another method made of the pair"
+            f"{entry.method} {method.instead if method else 'did not merge'}, so there is no merged LoRA, only images"
+            " and a recipe: see `ziplora show`, or pull what another method made of the pair"
         )
     return f"{entry.method} left no merged LoRA, only what `ziplora show` lists"
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 Role = Literal["subject", "style"]
-Architecture = Literal["sdxl", "sd15"]
+Architecture = Literal["sdxl", "sd15", "amused"]
 
 ALGORITHM = 1  # raised whenever the same inputs would give another result: old entries are then no longer taken as done
 TRAINING_ALGORITHM = 1  # the same, for LoRAs that a run trains
@@ -152,14 +152,16 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class TrainJob:
     """A LoRA to be trained from pictures, with everything that changes it; for as many pairs as need it. Its id stands
-    for the LoRA where a file's sha256 otherwise does."""
+    for the LoRA where a file's sha256 otherwise does.
+
+    On a masked-token base it is an adapter, with the settings of one."""
 
     base: BaseRef
     id: str  # the concept's, for people: no part of its identity
     role: Role
     images: tuple[ImageRef, ...]
     captions: tuple[str, ...]  # of each image
-    settings: Mapping[str, Any]  # fields of ziplora.train_settings.TrainSettings, all of them; JSON values
+    settings: Mapping[str, Any]  # of TrainSettings, or of AdapterSettings on a masked base: all of them; JSON values
     job_id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -171,7 +173,16 @@ class TrainJob:
     @property
     def pair(self) -> str:
         """What messages call it, where they name the pair of a job."""
-        return f"{self.role}s.{self.id}"
+        return f"{self.role}s.{self.name}"
+
+    @property
+    def name(self) -> str:
+        """The concept's id, told apart from that of its LoRA where it is an adapter."""
+        return f"{self.id}-{self.base.architecture}" if self.is_adapter else self.id
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.base.architecture == "amused"
 
     @property
     def method(self) -> str:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.base_files import is_hub_id
 from service.best import trains
 from service.errors import ManifestError, NotFound
 from service.manifest_checks import check_file
@@ -146,19 +145,12 @@ def _resolved(reading: Reading, source: bytes) -> Manifest:
 
 
 def _model(reading: Reading, *field: str) -> str:
-    """The directory if there is one, else the hub id if it looks like one; whether it is there is seen later."""
     text: Any = reading.raw
     for name in field:
         text = text.get(name)
     if isinstance(text, dict):
         field, text = (*field, "location"), text.get("location")
-    if isinstance(text, str) and text.strip().startswith("s3://") and field[0] != "base":
-        reading.problem(field, f"{text} lies in object storage; expected a local directory or a hub id: copy it first")
-        return ""
-    if isinstance(text, str) and is_hub_id(text.strip()) and reading.directory.startswith("s3://"):
-        return text.strip()
-    path = reading.location(field, text)
-    return str(text).strip() if is_hub_id(str(text).strip()) and not os.path.exists(path) else path.rstrip("/")
+    return reading.model(field, text, stored=field[0] == "base")
 
 
 def _output(reading: Reading) -> str:

@@ -11,7 +11,6 @@ from service.manifest_reading import Reading
 from service.manifest_specs import MergeSpec
 from service.wording import FieldPath, field_name, shown, unknown
 from ziplora.methods import METHODS
-from ziplora.unmerged import UNMERGED
 
 
 def read_merges(reading: Reading) -> Iterator[MergeSpec]:
@@ -43,15 +42,16 @@ def _merge(reading: Reading, field: FieldPath, entry: Any) -> MergeSpec | None:
         return _best(reading, field, entry, seeds)
     if not isinstance(name, str) or name not in METHODS:
         own = (*field, "method") if (*field, "method") in reading.lines else field
-        if isinstance(name, str) and name in UNMERGED:
-            reading.problem(own, UNMERGED[name].refusal)
-        else:
-            reading.problem(own, unknown(f"unknown method {shown(name)}", [*METHODS, BEST], str(name)))
+        reading.problem(own, unknown(f"unknown method {shown(name)}", [*METHODS, BEST], str(name)))
         return None
     given = {key: value for key, value in entry.items() if key not in ("method", "seed", "seeds")}
     knobs, faults = check_knobs(name, given, field)
     reading.add(faults)
-    return None if knobs is None or seeds is None else MergeSpec(name, knobs, tuple(seeds), frozenset(given))
+    if knobs is None or seeds is None:
+        return None
+    if METHODS[name].masked:
+        knobs["base"] = reading.model((*field, "base"), knobs["base"], stored=True)
+    return MergeSpec(name, knobs, tuple(seeds), frozenset(given), field=field)
 
 
 def _best(reading: Reading, field: FieldPath, entry: Mapping[str, Any], seeds: list[int] | None) -> MergeSpec | None:

@@ -1,10 +1,12 @@
 """What the readers of a manifest's sections share: the values and lines of the file, and the problems found so far, so
 that all are reported and not the first alone."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from service.base_files import is_hub_id
 from service.errors import ManifestError
 from service.locations import resolve_location
 from service.wording import Fault, FieldPath, field_name
@@ -45,6 +47,17 @@ class Reading:
         except ValueError as error:
             self.problem(field, str(error))
             return ""
+
+    def model(self, field: FieldPath, text: Any, *, stored: bool) -> str:
+        """The directory if there is one, else the hub id if it looks like one; whether it is there is seen later.
+        `stored`: whether it may lie in object storage."""
+        if isinstance(text, str) and text.strip().startswith("s3://") and not stored:
+            self.problem(field, f"{text} lies in object storage; expected a local directory or a hub id: copy it first")
+            return ""
+        if isinstance(text, str) and is_hub_id(text.strip()) and self.directory.startswith("s3://"):
+            return text.strip()
+        path = self.location(field, text)
+        return str(text).strip() if is_hub_id(str(text).strip()) and not os.path.exists(path) else path.rstrip("/")
 
 
 def manifest_error(name: str, problems: Iterable[Problem]) -> ManifestError:

@@ -41,6 +41,7 @@ class MergeSpec:
     seeds: tuple[int, ...]
     given: frozenset[str]
     candidates: tuple["MergeSpec", ...] = ()  # of `best`, in the order in which they are tried; its knobs hold them too
+    field: FieldPath = ("merge",)  # where it stands
 
 
 @dataclass(frozen=True, slots=True)

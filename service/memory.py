@@ -1,7 +1,7 @@
 """How much of a GPU's memory a job is thought to need: so that small GPUs are not given what cannot fit. A guess that
 errs on the small side does no harm, see boards.py; one that errs on the large side leaves small GPUs less to do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 
 from service.best import candidates
@@ -15,9 +15,11 @@ DECODED_BYTES = 3000.0  # per pixel while the VAE decodes: about 3 GiB at 1024²
 CONTEXT_BYTES = 2**30  # CUDA's own, and what allocators leave unused
 
 
-def memory_of(shapes: Shapes, default_size: int, factor: int, value_bytes: int = 2) -> Callable[[Job], int]:
+def memory_of(
+    shapes: Shapes, default_size: int, factor: int, value_bytes: int = 2, beside: Mapping[str, int] | None = None
+) -> Callable[[Job], int]:
     """Bytes that one pair needs, alone. `shapes`: canonical path → weight shape; `default_size` in pixels, `factor`
-    pixels per latent, `value_bytes` of a weight."""
+    pixels per latent, `value_bytes` of a weight. `beside`: of bases that other methods load too, by digest."""
     weights = value_bytes * sum(prod(shape) for shape in shapes.values())
     known: dict[tuple[str, int, int], int] = {}
 
@@ -25,7 +27,7 @@ def memory_of(shapes: Shapes, default_size: int, factor: int, value_bytes: int =
         key = (job.method, id(job.knobs), id(job.samples))  # the jobs of a merge share these
         if key not in known:
             most = max(max(merging(one), sampling(one)) for one in candidates(job))
-            known[key] = int(weights + CONTEXT_BYTES + most)
+            known[key] = int(weights + (beside or {}).get(job.base.digest, 0) + CONTEXT_BYTES + most)
         return known[key]
 
     def merging(job: Job) -> float:

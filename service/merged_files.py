@@ -1,21 +1,23 @@
 """The files of a merge: what is in them, what they say of themselves, and the pictures beside them.
 
 A method whose result is no single LoRA (`Method.file`) leaves a recipe in its place: which of the two LoRAs each module
-takes, up to which share of the sampling steps.
+takes, up to which share of the sampling steps; or with which weights the logits of two adapters are combined.
 """
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from io import BytesIO
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
 from service.entry import RECIPE
-from service.jobs import Job, render
+from service.jobs import Job, Role, render
 from ziplora import formats
 from ziplora.lora import LoRA, restyled
 from ziplora.merged import Merged
+from ziplora.styledrop_knobs import Mixture
 from ziplora.switched import Switched
 
 RULE = (
@@ -24,11 +26,23 @@ RULE = (
 )
 
 
-def written(job: Job, merged: Merged, circumstances: Mapping[str, str]) -> dict[str, bytes]:
+MIXTURE_RULE = (
+    "At each step of sampling a token's logits are m + contrast·(m − b) + text·(b − n), m = b + subject·(c − b) +"
+    " strength·style·(s − b): b of the base and n of the base under no prompt, c with the subject's adapter, s with the"
+    " style's; `strength` is the sample's style strength."
+)
+
+
+def written(
+    job: Job, merged: Merged, circumstances: Mapping[str, str], adapters: Mapping[Role, str] | None = None
+) -> dict[str, bytes]:
     """The files of a merge: the LoRA for every tool, its sidecar, the mergers, and the PEFT twin if the manifest
-    asks for one; or the recipe alone."""
+    asks for one; or the recipe alone. `adapters`: sha256 of those that a mixture is of."""
     if merged.until is not None:
         return {RECIPE: recipe(job, merged, circumstances)}
+    if merged.mixture is not None:
+        return {RECIPE: mixture_recipe(job, merged.mixture, circumstances, adapters or {})}
+    assert job.base.architecture != "amused"
     title = f"{job.subject.id} × {job.style.id} ({job.method})"
     trigger = f"{job.subject.trigger}, {job.style.trigger}"
     metadata = {**merge_metadata(job, merged), **circumstances}
@@ -55,6 +69,26 @@ def recipe(job: Job, merged: Merged, circumstances: Mapping[str, str]) -> bytes:
     until = {path: round(share, 6) for path, share in sorted(merged.until.items())}
     about = {**merge_metadata(job, merged), **circumstances}
     return json.dumps({"version": 1, "rule": RULE, "until": until, "about": about}, indent=1, sort_keys=True).encode()
+
+
+def mixture_recipe(job: Job, mixture: Mixture, circumstances: Mapping[str, str], adapters: Mapping[Role, str]) -> bytes:
+    """JSON: the adapters by the sha256 of their files, the base they belong to, the weights, and what was sampled."""
+    about = {name: circumstances[name] for name in ("ziplora.version", "ziplora.algorithm", "ziplora.dtype")}
+    return json.dumps(
+        {
+            "version": 1,
+            "rule": MIXTURE_RULE,
+            "base": {"digest": job.base.digest, "architecture": job.base.architecture},
+            "adapters": dict(adapters),
+            "trainings": {"subject": job.subject.lora_sha256, "style": job.style.lora_sha256},
+            "weights": asdict(mixture),
+            "steps": job.samples.steps,
+            "pictures": sample_list(job),
+            "about": {"ziplora.job_id": job.job_id, "ziplora.method": job.method, **about},
+        },
+        indent=1,
+        sort_keys=True,
+    ).encode()
 
 
 def sampled_with(

@@ -134,6 +134,10 @@ def _locations(raw: Mapping[str, Any]) -> Iterator[tuple[FieldPath, str, bool]]:
                 yield (role, id, "images"), text.strip(), False
     models: list[tuple[FieldPath, Any]] = [(("base",), raw["base"])]
     models += [(("scores", kind), model) for kind, model in (raw.get("scores") or {}).items() if model is not None]
+    merges = raw.get("merge")
+    for i, merge in enumerate(merges if isinstance(merges, list) else [merges]):
+        if isinstance(merge, dict) and merge.get("base") is not None:
+            models.append((("merge", i, "base") if isinstance(merges, list) else ("merge", "base"), merge["base"]))
     for field, model in models:
         yield field, (model["location"] if isinstance(model, dict) else model).strip(), True
 

@@ -21,8 +21,10 @@ from service.jobs import Job, ScorerRef, Scorers, TrainJob
 from service.lora_checks import CheckedLoRA, check_loras, trained_modules
 from service.manifest import Manifest
 from service.manifest_specs import LoRASpec
+from service.masked_cost import adapters_s, pictures_s
 from service.memory import memory_of
-from service.plan_defaults import lora_defaults, sample_defaults, unscored, unused
+from service.plan_adapters import OwnBases, adapters_of, own_bases
+from service.plan_defaults import lora_defaults, own_sample_defaults, sample_defaults, unscored, unused
 from service.plan_jobs import jobs_of, sample_settings
 from service.plan_problems import best_problems, caption_problems, size_problems
 from service.scorer_files import read_scorer
@@ -53,6 +55,7 @@ class Plan:
     duration: Duration  # of the jobs and trainings left
     trainings: tuple[TrainJob, ...] = ()  # each LoRA that is not given but trained, once
     trained: frozenset[str] = frozenset()  # ids of those of them that the catalog has
+    own_bases: tuple[BaseFiles, ...] = ()  # of methods that do not work on `base`
 
     @property
     def trainings_left(self) -> tuple[TrainJob, ...]:
@@ -68,7 +71,8 @@ class Plan:
         """Bytes of a GPU's memory that a job is thought to need."""
         if self.base is None:
             return None
-        return memory_of(self.base.shapes, self.base.default_size, self.base.size_step)
+        beside = {base.digest: base.n_bytes for base in self.own_bases}
+        return memory_of(self.base.shapes, self.base.default_size, self.base.size_step, beside=beside)
 
     def check(self) -> None:
         """ManifestError with every problem, one line each, if there is any."""
@@ -91,6 +95,8 @@ def plan(
     """
     digests = digests or DigestCache()
     base, problems = _base(manifest, digests, download)
+    own = own_bases(manifest, digests, download)
+    problems += own.problems
     scorers, unfit = _scorers(manifest, digests, download)
     problems += unfit
     used = _used(manifest)
@@ -103,14 +109,15 @@ def plan(
     jobs: tuple[Job, ...] = ()
     defaulted = list(manifest.defaulted)
     if base and samples and not unfit:
-        jobs = tuple(jobs_of(manifest, base.ref, loras, samples, scorers))
+        jobs = tuple(jobs_of(manifest, base.ref, loras, samples, scorers, own))
         defaulted += sample_defaults(manifest, samples)
+        defaulted += own_sample_defaults(jobs)
         defaulted += unscored(scorers, samples, loras)
     defaulted += lora_defaults(loras, jobs)
     defaulted += unused(manifest, used)
     committed, stages, unlisted = _catalog(manifest, jobs)
     left = [job for job in jobs if job.job_id not in committed]
-    trainings = _once(lora.training for lora in loras)
+    trainings = _once([*(lora.training for lora in loras), *adapters_of(manifest, own, loras)])
     trained = _trained(manifest) if trainings and not unlisted else frozenset()
     modules = {lora.sha256: lora.modules for lora in loras if not lora.problems}
     targets = trained_modules(base.shapes, 1) if base and manifest.takes_captions else None
@@ -126,9 +133,10 @@ def plan(
         problems=(*problems, *unlisted),
         defaulted=tuple(defaulted),
         n_bytes=bytes_of(left, modules, targets),
-        duration=_duration(left, modules, stages, base, _needed(trainings, trained, left)),
+        duration=_duration(left, modules, stages, base, own, _needed(trainings, trained, left)),
         trainings=trainings,
         trained=trained,
+        own_bases=tuple(own.by_digest.values()),
     )
 
 
@@ -201,11 +209,16 @@ def _duration(
     modules: Mapping[str, Modules],
     stages: Sequence[Mapping[str, float]],
     base: BaseFiles | None,
+    own: OwnBases,
     trainings: Sequence[TrainJob],
 ) -> Duration:
     if not left or base is None:
         return Duration(0.0, 0.0, 0.0, "nothing is left to do")
-    train_s = training_s(trainings, base.shapes, base.default_size, base.size_step)
+    train_s = adapters_s(trainings, own.by_digest) + training_s(
+        [one for one in trainings if not one.is_adapter], base.shapes, base.default_size, base.size_step
+    )
     if stages:
         return replace(time_from(stages, len(left)), train_s=train_s)
-    return replace(time_of(left, modules, base.shapes, base.default_size, base.size_step), train_s=train_s)
+    here = [job for job in left if job.base.digest == base.digest]
+    found = time_of(here, modules, base.shapes, base.default_size, base.size_step)
+    return replace(found, sample_s=found.sample_s + pictures_s(left, own.by_digest), train_s=train_s)

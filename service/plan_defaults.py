@@ -3,7 +3,7 @@ manifest_defaults.py states what the file alone decides; this is what depends on
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from service.best import candidates
+from service.best import candidates, masked
 from service.cost import calibration_of
 from service.jobs import SCORED_STRENGTH, Job, SampleSettings, Scorers, shows_pair
 from service.lora_checks import CheckedLoRA, trigger_of
@@ -24,6 +24,18 @@ def sample_defaults(manifest: Manifest, samples: SampleSettings) -> Iterator[str
         yield f"samples.size: {samples.width}×{samples.height}, what the base was trained at"
     if manifest.samples.scheduler is None:
         yield "samples.scheduler: the base's own"
+
+
+def own_sample_defaults(jobs: Iterable[Job]) -> Iterator[str]:
+    """How methods on a base of their own sample, whatever the manifest says of size, steps and guidance."""
+    ways = {(job.method, job.base.location, id(job.samples)): job for job in jobs if masked(job.method)}
+    for job in ways.values():
+        if job.samples.n_images:
+            own = job.samples
+            yield (
+                f"samples of {job.method}: {own.width}×{own.height}, {own.steps} steps, guidance"
+                f" {plain(own.guidance)}: its own base's size, and its own settings"
+            )
 
 
 def unscored(scorers: Scorers, samples: SampleSettings, loras: Iterable[CheckedLoRA]) -> Iterator[str]:

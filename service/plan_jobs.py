@@ -1,33 +1,72 @@
 """The jobs of a manifest: the grid × methods × seeds, each with everything that changes its result."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from service.base_files import BaseFiles
-from service.best import sampled_by, trains
+from service.best import masked, sampled_by, trains
 from service.choose import BEST
 from service.jobs import Architecture, BaseRef, Concept, Job, SampleSettings, Scorers
 from service.lora_checks import CheckedLoRA, trigger_of
 from service.manifest import Manifest
+from service.manifest_specs import MergeSpec
+from service.plan_adapters import OwnBases, adapted, adapter, job_knobs, own_samples
 
 GUIDANCE: dict[Architecture, float] = {"sdxl": 5.0, "sd15": 7.5}  # the defaults of diffusers' pipelines
 
 
 def jobs_of(
-    manifest: Manifest, base: BaseRef, loras: Iterable[CheckedLoRA], samples: SampleSettings, scorers: Scorers
+    manifest: Manifest,
+    base: BaseRef,
+    loras: Iterable[CheckedLoRA],
+    samples: SampleSettings,
+    scorers: Scorers,
+    own: OwnBases,
 ) -> Iterator[Job]:
-    """Method by method and seed by seed, the grid in its order; pairs with a LoRA that cannot be used are left out."""
-    concepts = {(lora.spec.role, lora.spec.id): _concepts(lora, manifest.output) for lora in loras if not lora.problems}
+    """Method by method and seed by seed, the grid in its order; pairs with a LoRA that cannot be used are left out, and
+    methods whose own base cannot."""
+    sound = [lora for lora in loras if not lora.problems]
+    concepts = {(lora.spec.role, lora.spec.id): _concepts(lora, manifest.output) for lora in sound}
     priorities = {(lora.role, lora.id): lora.priority for lora in (*manifest.subjects, *manifest.styles)}
     for merge in manifest.merges:
-        own = samples if merge.method == BEST else sampled_by(merge.method, samples)
+        way = _way(merge, base, samples, own)
+        if way is None:
+            continue
         for seed in merge.seeds:
+            if masked(merge.method):
+                seen = {
+                    (lora.spec.role, lora.spec.id): adapted(lora, adapter(lora, merge, seed, way.base), manifest.output)
+                    for lora in sound
+                }
+            else:
+                seen = {key: both.of(merge.method) for key, both in concepts.items()}
             for subject_id, style_id in manifest.pairs:
-                subject, style = concepts.get(("subject", subject_id)), concepts.get(("style", style_id))
+                subject, style = seen.get(("subject", subject_id)), seen.get(("style", style_id))
                 if subject and style:
-                    both = subject.of(merge.method), style.of(merge.method)
                     priority = priorities["subject", subject_id] + priorities["style", style_id]
-                    yield Job(base, *both, merge.method, merge.knobs, seed, own, manifest.outputs, scorers, priority)
+                    yield Job(
+                        way.base, subject, style, merge.method, way.knobs, seed, way.samples, manifest.outputs, scorers,
+                        priority,
+                    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What the jobs of a merge have in common."""
+
+    base: BaseRef
+    knobs: Mapping[str, Any]
+    samples: SampleSettings
+
+
+def _way(merge: MergeSpec, base: BaseRef, samples: SampleSettings, own: OwnBases) -> _Way | None:
+    if not masked(merge.method):
+        return _Way(base, merge.knobs, samples if merge.method == BEST else sampled_by(merge.method, samples))
+    files = own.of(merge)
+    if files is None:
+        return None
+    return _Way(files.ref, job_knobs(merge, files.ref), own_samples(merge, sampled_by(merge.method, samples), files))
 
 
 @dataclass(frozen=True, slots=True)

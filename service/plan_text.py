@@ -17,6 +17,9 @@ def summary_lines(plan: Plan) -> Iterator[str]:
         base = plan.base
         kind = f"{base.architecture}, {base.default_size} px, {base.prediction_type}"
         yield f"base      {base.location} ({kind}, sha256 {base.digest[:12]})"
+    for own in plan.own_bases:
+        kind = f"{own.architecture}, {own.default_size} px"
+        yield f"          {own.location} ({kind}, sha256 {own.digest[:12]}), for {_users(plan, own.digest)}"
     for kind, scorer in (("clip", plan.scorers.clip), ("dino", plan.scorers.dino)):
         if scorer:
             yield f"scorer    {kind}: {scorer.location} (sha256 {scorer.digest[:12]})"
@@ -52,6 +55,10 @@ def summary_lines(plan: Plan) -> Iterator[str]:
     yield from _section("taken where the manifest says nothing:", plan.defaulted)
     if plan.problems:
         yield f"{len(plan.problems)} problems to mend first"
+
+
+def _users(plan: Plan, digest: str) -> str:
+    return ", ".join(dict.fromkeys(job.method for job in plan.jobs if job.base.digest == digest))
 
 
 def _training_lines(plan: Plan) -> Iterator[str]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Pair = tuple[str, str]  # subject id, style id
 NO_VALUE = float("nan")
 DEFAULT_BASELINE = "direct"
+OWN_BASES = ("amused",)  # architectures that no other method of a manifest works on
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ JUDGED = tuple(measure.name for measure in MEASURES[:4])
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One merge as a report sees it; `setting` is equal for merges that were sampled and judged alike."""
+    """One merge as a report sees it; `setting` is equal for merges that were sampled and judged alike, `asked` for
+    those that were to show the same and were judged alike, on whatever base."""
 
     job_id: str
     subject: str
@@ -60,9 +62,15 @@ class Result:
     seed: int
     values: Mapping[str, float]  # by name of MEASURES, those that there are
     setting: str
+    asked: str
     architecture: str
     shown: bool  # whether it has a preview
     merged_by: str = ""  # the method itself, or the one that `best` chose
+
+    @property
+    def own_base(self) -> bool:
+        """Whether its method works on a base of its own, whatever base the others have."""
+        return self.architecture in OWN_BASES
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +182,7 @@ def result_of(row: Mapping[str, Any]) -> Result:
         seed=row["seed"] or 0,
         values={name: value for name, value in values.items() if value is not None},
         setting=_setting(job),
+        asked=_asked(job),
         architecture=row["architecture"] or "",
         shown=row["preview_key"] is not None,
         merged_by=row["merged_by"],
@@ -192,8 +201,18 @@ def _setting(job: Mapping[str, Any]) -> str:
     judged, so they may differ."""
     samples = job.get("samples")
     sampled = {k: v for k, v in samples.items() if k != "style_strengths"} if isinstance(samples, dict) else None
-    told = json.dumps([job.get("base"), sampled, job.get("scorers")], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    return _short_digest([job.get("base"), sampled, job.get("scorers")])
+
+
+def _asked(job: Mapping[str, Any]) -> str:
+    """What merges on different bases must have in common to be compared: prompts, seeds and judges."""
+    samples = job.get("samples")
+    shown = [samples.get(name) for name in ("prompts", "seeds")] if isinstance(samples, dict) else None
+    return _short_digest([shown, job.get("scorers")])
+
+
+def _short_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # The report
@@ -232,7 +251,7 @@ def make_report(
         against=baseline,
         pairs=tuple(pairs),
         cells=_sheet(by_variant),
-        architectures=tuple(sorted({one.architecture for one in results if one.architecture})),
+        architectures=tuple(sorted({one.architecture for one in results if one.architecture and not one.own_base})),
         common=common,
         notes=tuple(_notes(results, rows)),
     )
@@ -335,15 +354,17 @@ def _row(
 
 
 def differences(results: Sequence[Result], baseline: Sequence[Result], name: str) -> Interval:
-    """`results` − `baseline` on the pairs, seeds and settings that both have."""
-    keys = [{_key(one) for one in group if name in one.values} for group in (results, baseline)]
+    """`results` − `baseline` on the pairs, seeds and settings that both have; where either has a base of its own, on
+    those that were to show the same."""
+    across = any(one.own_base for one in (*results, *baseline))
+
+    def key(one: Result) -> tuple[str, str, int, str]:
+        return one.subject, one.style, one.seed, one.asked if across else one.setting
+
+    keys = [{key(one) for one in group if name in one.values} for group in (results, baseline)]
     common = keys[0] & keys[1]
-    a, b = (_cells([one for one in group if _key(one) in common], name) for group in (results, baseline))
+    a, b = (_cells([one for one in group if key(one) in common], name) for group in (results, baseline))
     return clustered({pair: a[pair] - b[pair] for pair in a})
-
-
-def _key(one: Result) -> tuple[str, str, int, str]:
-    return one.subject, one.style, one.seed, one.setting
 
 
 def _sheet(by_variant: Mapping[str, Iterable[Result]]) -> dict[Pair, dict[str, Result]]:
@@ -355,7 +376,9 @@ def _sheet(by_variant: Mapping[str, Iterable[Result]]) -> dict[Pair, dict[str, R
 
 
 def _notes(results: Sequence[Result], rows: Sequence[Row]) -> Iterable[str]:
-    settings = len({one.setting for one in results})
+    settings = len({one.setting for one in results if not one.own_base})
+    for method in sorted({one.method for one in results if one.own_base}):
+        yield f"{method} samples on a base of its own, at that base's size: the same prompts and seeds, other pictures"
     if settings > 1:
         yield (
             f"these merges were sampled or judged in {settings} different ways (base, samples, scorers), which the"

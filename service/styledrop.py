@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ziplora.lora import LoRA
     from ziplora.masked import MaskedBase
     from ziplora.score import Judge
-    from ziplora.styledrop import AdapterSettings, AdapterTraining, Feedback, Mixture
+    from ziplora.styledrop import AdapterTraining, Feedback
+    from ziplora.styledrop_knobs import AdapterSettings, Mixture
 
 REQUEST_KEY = "ziplora.adapter.request"  # of an adapter's header: what decided it, as JSON
 

@@ -264,6 +264,7 @@ class TrainingRun:
         from ziplora import formats
 
         settings, out = self.order.settings, self.order.out
+        assert self.order.base.architecture != "amused", "read_base was asked for no such family"
         content = formats.write_kohya(
             self.training.lora(),
             metadata={

@@ -25,6 +25,7 @@ from service.catalog import Catalog
 from service.device import Device, timed
 from service.errors import BadInput, ManifestError, NotFound
 from service.jobs import Concept, Job, TrainJob, canonical_json
+from service.masked_bases import MaskedBases
 from service.messages import Began, JobResult, Message, Stalled, Tile, TileDone, WorkerSettings
 from service.scoring import Judges
 from service.side_by_side import SideBySide
@@ -57,13 +58,16 @@ class Worker:
         self.load_s = time.monotonic() - started
         self.catalog = Catalog(open_store(settings.catalog))
         self.judges = Judges(self.device.name)
+        self.masked = MaskedBases(self.device, settings.dtype)
         self.inputs = Inputs(settings, self.base, self.base_digest, self.device)
         self.side_by_side = SideBySide(settings.side_by_side, self.device.is_gpu)
         self.store = PatientStore(settings.store_patience_s)
         self.uploads = Uploads(self.catalog, self.store, *([] if settings.overlap else [0]))
         self.trained = TrainedFiles(TrainedLoRAs(self.catalog.store))
-        self.trainer = Trainer(self.base, self.device, self.trained.loras, settings.checkpoint_s, self.inputs.images)
-        self.results = Results(self.base, self.device, self.inputs, self.trained, self.judges)
+        self.trainer = Trainer(
+            self.base, self.masked, self.device, self.trained.loras, settings.checkpoint_s, self.inputs.images
+        )
+        self.results = Results(self.base, self.masked, self.device, self.inputs, self.trained, self.judges)
         self._fetches = ThreadPoolExecutor(FETCHES, "fetch")
         self._calls = ThreadPoolExecutor(1, "call")  # what is needed now does not queue behind what is fetched ahead
 
@@ -228,6 +232,10 @@ class Worker:
         if job.scorers:
             with timed(stages, "score"):  # a judge that does not load shall not cost a merge
                 self.judges.load(job.scorers)
+        if method.masked:
+            with timed(stages, "fetch"):
+                adapters = yield from self._waiting(lambda: self._adapters(job), waited)
+            return Prepared(job, knobs, *adapters, (None, None), stages)
         if method.trains:
             with timed(stages, "fetch"):
                 pictures = yield from self._waiting(lambda: self.trainer.pictures(job), waited)
@@ -244,6 +252,12 @@ class Worker:
                 self.inputs.calibration(of_style, style, observe) if observe else None,
             )
         return Prepared(job, knobs, subject, style, calibrations, stages)
+
+    def _adapters(self, job: Job) -> tuple[LoRA, LoRA]:
+        """The subject's and the style's, and the base that they belong to in memory."""
+        self.masked.get(job.base)
+        subject, style = (self.inputs.adapter(self.trained.with_file(one)) for one in (job.subject, job.style))
+        return subject, style
 
     def _merge(self, ready: Sequence[Prepared]) -> Iterator[tuple[Prepared, Merged | Exception]]:
         """Merge side by side; with fewer at a time where memory does not suffice, and one by one to find out whose
@@ -268,7 +282,8 @@ class Worker:
         failure: Exception | None = None
         try:
             with timed(stages, "merge"):
-                merged = method.load()(self.base, pairs, knobs)
+                base: Any = self.masked.get(ready[0].job.base) if method.masked else self.base
+                merged = method.load()(base, pairs, knobs)
         except Exception as error:
             failure = error
         for one in ready:

@@ -18,6 +18,7 @@ from service.messages import WorkerSettings
 from service.node_cache import NodeCache
 from service.translation import BrokenLoRA
 from ziplora import formats
+from ziplora.adapter_files import read_adapter
 from ziplora.base import Base
 from ziplora.calibrate import Calibration, calibrate
 from ziplora.calibration_files import calibration_key, read_calibration, write_calibration
@@ -78,6 +79,18 @@ class Inputs:
 
         lora = self.loras.get(concept.lora_sha256, load)
         return lora if concept.weight == 1.0 else scaled(lora, concept.weight)
+
+    def adapter(self, concept: Concept) -> LoRA:
+        """Of a masked-token base. BrokenLoRA where its file cannot be used."""
+
+        def load() -> LoRA:
+            with self.files.hold(concept.lora, concept.lora_sha256) as path:
+                try:
+                    return read_adapter(path)[0]
+                except FormatError as error:
+                    raise BrokenLoRA(f"{concept.role} {concept.id}: {error}", concept.lora_sha256) from error
+
+        return self.loras.get(concept.lora_sha256, load)
 
     def calibration(self, concept: Concept, lora: LoRA, settings: CalibrationSettings) -> Calibration:
         """What the method must know of the LoRA, observed by this worker or another of its node."""

@@ -1,4 +1,5 @@
-"""What a worker does to train: the LoRAs of a manifest's pictures, and pairs whose method trains. On its resident base.
+"""What a worker does to train: the LoRAs of a manifest's pictures, adapters for a masked-token base, and pairs whose
+method trains.
 
 A training says where it is every few seconds, and leaves a checkpoint in the catalog's store every so often: uploaded
 behind the next steps, one at a time, so that a slow store makes them rarer and not the training slower. Whoever takes
@@ -20,14 +21,18 @@ from PIL import Image
 from service.device import Device, timed
 from service.errors import BadInput, NotFound, StorageError
 from service.jobs import TRAINING_ALGORITHM, Concept, Job, TrainJob, canonical_json, identity
+from service.masked_bases import MaskedBases
 from service.messages import Began, JobResult, Learned, Message
 from service.trained import TrainedLoRA, TrainedLoRAs
 from service.translation import failed, translated
 from service.worker_inputs import Prepared
 from ziplora import formats
+from ziplora.adapter_files import write_adapter
 from ziplora.base import Base
 from ziplora.joint import joint_training, jointly_merged
 from ziplora.merged import Instances, Merged, Pictures
+from ziplora.styledrop import AdapterTraining
+from ziplora.styledrop_knobs import AdapterSettings
 from ziplora.train import Training, TrainSettings, finite_steps
 
 T = TypeVar("T")
@@ -37,10 +42,11 @@ SAY_S = 2.0  # between two words of a training
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """A worker's means. `images` reads the pictures of a concept or training; `waiting` calls the store, with signs of
-    life while it does not answer."""
+    """A worker's means. `masked`: bases of adapters; `images` reads the pictures of a concept or training; `waiting`
+    calls the store, with signs of life while it does not answer."""
 
     base: Base
+    masked: MaskedBases
     device: Device
     loras: TrainedLoRAs
     checkpoint_s: float
@@ -58,11 +64,11 @@ class Trainer:
                     return
                 with timed(stages, "fetch"):
                     images = yield from waiting(lambda: self.images(job))
-                with timed(stages, "train"):
-                    settings = TrainSettings(**job.settings)
-                    with Training(self.base, images, settings, captions=job.captions) as training:
-                        losses = yield from self._steps(job.job_id, training, waiting)
-                        content = self._written(job, training)
+                    if job.is_adapter:
+                        yield from waiting(lambda: self.masked.get(job.base))
+                with timed(stages, "train"), self._training(job, images) as training:
+                    losses = yield from self._steps(job.job_id, training, waiting)
+                    content = self._written(job, training)
                 report = self._report(training, losses, stages)
                 with timed(stages, "commit"):
                     made = yield from waiting(lambda: self._commit(job, content, report))
@@ -71,6 +77,11 @@ class Trainer:
         else:
             peak = self.device.peak_bytes()
             yield JobResult(job.job_id, "committed", stages=stages, n_bytes=made.size, peak_bytes=peak)
+
+    def _training(self, job: TrainJob, images: Sequence[Image.Image]) -> Training | AdapterTraining:
+        if job.is_adapter:
+            return AdapterTraining(self.masked.get(job.base), images, job.captions, AdapterSettings(**job.settings))
+        return Training(self.base, images, TrainSettings(**job.settings), captions=job.captions)
 
     def pictures(self, job: Job) -> Pictures:
         """What the training of a pair is given. BadInput where a picture cannot be read, or there are none."""
@@ -95,7 +106,9 @@ class Trainer:
         with suppress(StorageError):
             self.loras.drop_checkpoint(job_id)
 
-    def _steps(self, job_id: str, training: Training, waiting: "Waiting[Any]") -> Generator[Message, None, list[float]]:
+    def _steps(
+        self, job_id: str, training: Training | AdapterTraining, waiting: "Waiting[Any]"
+    ) -> Generator[Message, None, list[float]]:
         """All steps that are left; the losses of those."""
         self._resume(training, (yield from waiting(lambda: self.loras.checkpoint(job_id))))
         yield Learned(job_id, training.step, len(training))
@@ -115,7 +128,7 @@ class Trainer:
                     yield Learned(job_id, step.step, len(training), sum(recent) / len(recent))
         return losses
 
-    def _resume(self, training: Training, content: bytes | None) -> None:
+    def _resume(self, training: Training | AdapterTraining, content: bytes | None) -> None:
         """Go on from a checkpoint; from the start where it is another device's or dtype's, or no checkpoint at all."""
         if content is None:
             return
@@ -133,12 +146,12 @@ class Trainer:
             return None
 
     def _commit(self, job: TrainJob, content: bytes, report: dict[str, Any]) -> TrainedLoRA:
-        made = self.loras.commit(job.job_id, job.id, job.role, identity(job), content, report)
+        made = self.loras.commit(job.job_id, job.name, job.role, identity(job), content, report)
         self.forget(job.job_id)
         return made
 
-    def _written(self, job: TrainJob, training: Training) -> bytes:
-        """The LoRA in kohya layout; fp16, as published LoRAs are."""
+    def _written(self, job: TrainJob, training: Training | AdapterTraining) -> bytes:
+        """The LoRA in kohya layout; fp16, as published LoRAs are. An adapter as adapter_files.py writes it."""
         own = {
             "ziplora.training": job.job_id,
             "ziplora.base": job.base.digest,
@@ -146,15 +159,21 @@ class Trainer:
             "ziplora.train.algorithm": str(TRAINING_ALGORITHM),
             "ziplora.train.settings": canonical_json(dict(job.settings)),
         }
+        metadata = {**training.metadata(), **own}
+        if isinstance(training, AdapterTraining):
+            return write_adapter(training.adapter(), metadata)
+        assert job.base.architecture != "amused"
         return formats.write_kohya(
             training.lora(),
-            metadata={**training.metadata(), **own},
+            metadata=metadata,
             architecture=job.base.architecture,
             title=job.id,
             trigger=job.settings["trigger"],
         )
 
-    def _report(self, training: Training, losses: Sequence[float], stages: dict[str, float]) -> dict[str, Any]:
+    def _report(
+        self, training: Training | AdapterTraining, losses: Sequence[float], stages: dict[str, float]
+    ) -> dict[str, Any]:
         recent = losses[-50:]
         return {
             "steps": training.step,
@@ -162,7 +181,7 @@ class Trainer:
             "loss": sum(recent) / len(recent) if recent else None,
             "stages": dict(stages),
             "device": self.device.model,
-            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "dtype": str(training.base.dtype).removeprefix("torch."),
         }
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.base_files import BaseFiles, is_hub_id, read_base
+from service.base_files import MASKED, BaseFiles, is_hub_id, read_base
 from service.errors import ManifestError
 from service.inputs import DigestCache
 from tests.lora_files import shapes_of
-from tests.tiny import tiny_sd15, tiny_sdxl
+from tests.tiny import tiny_amused, tiny_sd15, tiny_sdxl
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,26 @@ def test_other_pipelines(base, digests):
         f"base {base} is a FluxPipeline; expected StableDiffusionXLPipeline or StableDiffusionPipeline"
     )
     rewrite(base / "model_index.json", _class_name="AmusedPipeline")
-    assert message(base, digests).endswith("for StyleDrop see `ziplora styledrop --help`")
+    assert message(base, digests).endswith(
+        "; as the base of styledrop it is named in merge: {method: styledrop, base: …}"
+    )
+
+
+def test_a_masked_token_model_is_a_family_of_its_own(saved, digests, tmp_path):
+    tiny_amused().save_pretrained(tmp_path / "amused")
+    found = read_base(str(tmp_path / "amused"), digests=digests, family=MASKED)
+    assert (found.ref.architecture, found.default_size, found.size_step) == ("amused", 16, 2)
+    assert found.shapes["transformer.transformer_layers.1.ff.net.2"] == (32, 64)
+    assert not any(path.startswith("vqvae") for path in found.shapes)
+    assert {"vqvae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"} <= found.files.keys()
+    assert message(saved / "sdxl", digests, family=MASKED) == (
+        f"incompatible base: base {saved / 'sdxl'} is a StableDiffusionXLPipeline; expected AmusedPipeline, a"
+        " masked-token model such as amused/amused-256"
+    )
+    assert message(tmp_path, digests, family=MASKED).endswith("; expected a diffusers directory of aMUSEd")
+    assert message(tmp_path / "none", digests, family=MASKED).endswith("a hub id such as amused/amused-256")
+    shutil.rmtree(tmp_path / "amused/vqvae")
+    assert "has no vqvae/; a AmusedPipeline needs " in message(tmp_path / "amused", digests, family=MASKED)
 
 
 def test_no_pipeline(tmp_path, digests):

@@ -110,8 +110,8 @@ def test_refinement_and_the_combined_term_cost_passes(sdxl_shapes):
 def test_every_method_that_computes_anything_has_a_cost(sdxl_shapes, name):
     knobs = asdict(METHODS[name].knobs())
     merge_s = time_of([job(method=name, knobs=knobs)], LORAS, sdxl_shapes, 1024, 8).merge_s
-    if name == "direct":
-        assert merge_s == 0  # puts one LoRA beneath the other
+    if name in ("direct", "styledrop"):
+        assert merge_s == 0  # puts one LoRA beneath the other; what adapters take is counted as training
         return
     assert merge_s > 1e-3
     wider = {"d": {"x": module((8, 8), 128)}, "e": LORAS["e"]}

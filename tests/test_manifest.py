@@ -325,7 +325,6 @@ ADDED = [
     ("pairs: [dog/ink]", "pairs[0]: expected [subject, style], given 'dog/ink'"),
     # merge
     ("merge: {method: ziplra}", f"merge.method: unknown method 'ziplra'; did you mean ziplora? known: {', '.join([*METHODS, 'best'])}"),
-    ("merge: {method: styledrop}", "merge.method: incompatible base: styledrop needs a masked-token model (aMUSEd) and pictures of both, not SDXL or SD 1.5, and yields images and a recipe, no merged LoRA; see `ziplora styledrop --help`"),
     ("merge: 3", "merge: expected a method or a mapping of method and knobs, given 3"),
     ("merge: []", f"merge: empty; expected a method (known: {', '.join(METHODS)}), or leave merge out"),
     ("merge: {steps: many}", "merge.steps: expected a whole number, given 'many'"),
@@ -341,6 +340,9 @@ ADDED = [
     ("merge: {seed: 1, seeds: 2}", "merge.seeds: given beside seed, which means the same; keep one"),
     ("merge: [direct, {method: direct, seeds: [1, 0]}]", "merge[1]: the same as merge[0] in method, knobs and seed 0; keep one"),
     ("merge: {method: joint, rank: 0}", "merge: rank is 0; it must be at least 1"),
+    ("merge: {method: styledrop, lr: 0}", "merge: lr is 0.0; a finite number above 0"),
+    ("merge: {method: styledrop, base: 3}", "merge.base: expected text, given 3; put it in quotes"),
+    ("merge: {method: styledrop, txt: 1}", f"merge.txt: styledrop has no such knob; did you mean text? known: {', '.join(METHODS['styledrop'].knob_names)}, seed"),
     # training
     ("training: {rnk: 4}", f"training.rnk: unknown field; did you mean rank? known: {TRAINING}"),
     ("training: {lr: 0}", "training.lr: expected more than 0, given 0"),
@@ -405,6 +407,26 @@ def test_joint_training_needs_pictures_of_both():
         f"demo.yaml:6: styles.ink.images: {why.format('ink')}",
     ]
     parse(f"{text}merge: joint\npairs: [[dog, oil]]\n")
+    found = problems(f"{text}merge: styledrop\n")
+    assert found == [
+        f"demo.yaml:4: subjects.cat.images: {why.format('cat').replace('joint', 'styledrop')}",
+        f"demo.yaml:6: styles.ink.images: {why.format('ink').replace('joint', 'styledrop')}",
+    ]
+
+
+def test_a_base_of_the_methods_own_lies_beside_the_manifest_or_on_the_hub():
+    text = SMALL.replace("trigger: sks dog", "images: dog.png").replace(
+        "prompt: oil painting", "images: a.png, prompt: x"
+    )
+
+    def base(written):
+        (merge,) = parse(f"{text}pairs: [[dog, oil]]\nmerge: {{method: styledrop{written}}}\n").merges
+        return merge.knobs["base"]
+
+    assert base(", base: models/amused-mini") == "models/amused-mini"  # as a hub id looks, and nothing lies there
+    assert base(", base: ./amused") == "/home/me/here/amused"
+    assert base(", base: s3://models/amused") == "s3://models/amused"
+    assert base("") == "amused/amused-256"
 
 
 def test_a_training_has_the_papers_settings_where_nothing_is_said():

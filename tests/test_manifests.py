@@ -31,7 +31,11 @@ def test_those_on_the_miniature_run_as_they_are(name: str, tmp_path: Path) -> No
     assert planned.problems == ()
     assert len(planned.jobs) == len(manifest.pairs) * len(manifest.merges)
     if name == "paper-pocket.yaml":
-        assert {merge.method for merge in manifest.merges} == METHODS.keys()
+        assert {merge.method for merge in manifest.merges} == {
+            name
+            for name, method in METHODS.items()
+            if not method.masked  # whose base would have to ship as well
+        }
         strengths = {job.method: job.samples.style_strengths for job in planned.jobs}
         assert strengths["direct"] == (1.0, 0.7, 0.4)
         assert strengths["svd"] == (1.0,)

@@ -8,6 +8,7 @@ from ziplora.calibration_settings import CalibrationSettings, Passes
 from ziplora.closed_form_knobs import ClosedKnobs, MatrixKnobs, RefinedKnobs
 from ziplora.methods import METHODS
 from ziplora.optimize_knobs import ComposedKnobs, ZipLoRAKnobs
+from ziplora.styledrop_knobs import StyleDropKnobs
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -18,6 +19,7 @@ def test_every_row_can_be_loaded_and_has_defaults(name: str) -> None:
     knobs = method.knobs()
     assert knobs == replace(knobs)
     assert method.load().__doc__
+    assert method.file == (not method.instead)
 
 
 def test_what_the_methods_observe() -> None:
@@ -40,7 +42,7 @@ def test_what_a_pair_costs_in_model_passes() -> None:
     assert ComposedKnobs(combined_target="sum", combined_draws=10, steps=2).passes() == Passes(6, 30)
     assert ComposedKnobs(combined_weight=0.0).passes() == Passes(200, 0)
     assert {name for name, method in METHODS.items() if method.flop is None} == {
-        "direct", "ziplora", "ziplora-composed", "joint"
+        "direct", "ziplora", "ziplora-composed", "joint", "styledrop"
     }  # fmt: skip
 
 
@@ -59,6 +61,9 @@ def test_the_combined_prompt_is_rendered_for_those_who_look_at_it() -> None:
         (lambda: ComposedKnobs(combined_prompt="{subject} {style"), r"a template with \{subject\} and \{style\}"),
         (lambda: ComposedKnobs(combined_prompt="{subject:3} {style}"), r"a template with \{subject\} and \{style\}"),
         (lambda: ComposedKnobs(steps=0), "steps is 0; at least 1"),
+        (lambda: StyleDropKnobs(rank=0), "rank is 0; at least 1"),
+        (lambda: StyleDropKnobs(style_weight=-1), "the weight style is -1; a finite number, at least 0"),
+        (lambda: StyleDropKnobs(sample_steps=0), "sample_steps is 0; at least 1"),
         (lambda: ClosedKnobs(draws=0), "draws is 0; at least 1"),
         (lambda: MatrixKnobs(ridge=0), "ridge is 0; above 0"),
         (lambda: RefinedKnobs(steps=0), "steps is 0; at least 1"),

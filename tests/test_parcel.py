@@ -47,6 +47,19 @@ def test_where_it_is_sent_from_does_not_matter(manifest: Path, tmp_path: Path, m
     assert pack(read_manifest("../here/grid.yaml")) == pack(read_manifest(manifest))
 
 
+def test_a_base_of_a_methods_own_travels(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "amused/vqvae").mkdir(parents=True)
+    (tmp_path / "amused/vqvae/b.json").write_text("x")
+    (tmp_path / "here/ink.png").write_text("x")
+    own = "merge: [direct, {method: styledrop, base: ../amused}, {method: styledrop, base: owner/model}]\n"
+    text = manifest.read_text()
+    for style in ("lora: s3://loras/ink.safetensors", "lora: /srv/oil.safetensors"):
+        text = text.replace(style, "images: ink.png")
+    manifest.write_text(text + own)
+    found = pack(read_manifest(manifest)).files
+    assert {name for name in found if name.startswith("amused/")} == {"amused/vqvae/b.json"}
+
+
 def test_pictures_without_a_lora_travel_with_their_captions(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "here/dog/2.txt").write_text("a dog on a beach")
     manifest.write_text(manifest.read_text().replace("lora: ../loras/dog.safetensors, ", ""))

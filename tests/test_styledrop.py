@@ -4,6 +4,7 @@ equations."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,7 @@ from ziplora.lora import Layer, LoRA, digest
 from ziplora.masked import IGNORED, MaskedBase, load_masked, masked_loss, resident_masked
 from ziplora.score import Judge, load_clip
 from ziplora.styledrop import (
-    AdapterSettings,
     AdapterTraining,
-    Mixture,
     feedback,
     identity,
     mixed,
@@ -30,6 +29,7 @@ from ziplora.styledrop import (
     second_round,
     tuned,
 )
+from ziplora.styledrop_knobs import AdapterSettings, Mixture
 
 SIDE = 16
 PROMPT = "a sks in szn style"
@@ -101,6 +101,9 @@ class TestMixing:
         found = mixed(g, nothing, c + 5, s - 3, Mixture(0.4, 0.6, 0.0, 0.0)).log_softmax(1)
         product = 0.4 * c.log_softmax(1) + 0.6 * s.log_softmax(1)
         torch.testing.assert_close(found, product.log_softmax(1))
+
+    def test_a_strength_is_a_factor_of_the_styles_weight_alone(self) -> None:
+        assert Mixture(0.7, 0.6, 0.1, 2.0).styled(0.5) == Mixture(0.7, 0.3, 0.1, 2.0)
 
     @pytest.mark.parametrize("name", ["subject", "style", "contrast", "text"])
     @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
@@ -201,6 +204,25 @@ class TestTraining:
                 return masked_loss(base, tokens, text, torch.Generator().manual_seed(9)).item()
 
         assert error(adapters[0]) < 0.75 * error(LoRA({}))
+
+    def test_carried_on_from_a_saved_state_it_ends_the_same(self, base: MaskedBase) -> None:
+        whole = tuned(AdapterTraining(base, [picture(0)], ["a cat in szn style"], SETTINGS))
+        file = BytesIO()
+        with AdapterTraining(base, [picture(0)], ["a cat in szn style"], SETTINGS) as first:
+            for step in first:
+                if step.step == 7:
+                    torch.save(first.state(), file)
+                    break
+        state = torch.load(BytesIO(file.getvalue()), weights_only=True)
+        with AdapterTraining(base, [picture(0)], ["a cat in szn style"], SETTINGS) as second:
+            second.restore(state)
+            assert [step.step for step in second] == list(range(8, 17))
+            assert digest(second.adapter()) == digest(whole)
+        with (
+            AdapterTraining(base, [picture(1)], ["a cat in szn style"], SETTINGS) as other,
+            pytest.raises(ValueError, match="belongs to other settings, pictures or another base"),
+        ):
+            other.restore(state)
 
     def test_bad_input(self, base: MaskedBase) -> None:
         with pytest.raises(ValueError, match="no pictures"):

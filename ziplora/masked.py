@@ -49,6 +49,10 @@ class MaskedBase:
         return self.pipeline.transformer.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.pipeline.transformer.dtype
+
+    @property
     def mask_token(self) -> int:
         return self.pipeline.scheduler.config.mask_token_id
 

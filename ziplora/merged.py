@@ -8,6 +8,7 @@ from PIL import Image
 
 from ziplora.calibrate import Calibration
 from ziplora.lora import LoRA, Mergers, max_rank, scaled, stacked
+from ziplora.styledrop_knobs import Mixture
 from ziplora.switched import Switched
 
 
@@ -60,7 +61,9 @@ class Merged:
     entry.
 
     Keeping the parts apart is what lets style strength change afterwards: only the style part is scaled. Where there
-    is `until`, the two take turns during sampling (`ziplora.switched`), and no single LoRA is the merge.
+    is `until`, the two take turns during sampling (`ziplora.switched`), and no single LoRA is the merge; nor where
+    there is a `mixture`: then they are adapters of a masked-token base, whose logits are combined
+    (`ziplora.styledrop`).
     """
 
     subject: LoRA
@@ -68,16 +71,21 @@ class Merged:
     mergers: Mergers | None
     report: Mapping[str, Any]
     until: Mapping[str, float] | None = None
+    mixture: Mixture | None = None
 
     def lora(self) -> LoRA:
         """The merged LoRA. In every module the first `subject_rank` rows are the subject's: see `lora.restyled`. Raises
         ValueError where there is none."""
         if self.until is not None:
             raise ValueError("the two LoRAs take turns during sampling, so there is no single LoRA: see Merged.applied")
+        if self.mixture is not None:
+            raise ValueError("the logits of two adapters are combined in sampling, so there is no single LoRA")
         return stacked([self.subject, self.style])
 
     def applied(self, style_strength: float = 1.0) -> LoRA | Switched:
-        """What is to be sampled with, unrounded, at a style strength."""
+        """What is to be sampled with, unrounded, at a style strength. ValueError for adapters."""
+        if self.mixture is not None:
+            raise ValueError("two adapters with logits of their own: sample them with ziplora.styledrop.sample_mixture")
         style = self.style if style_strength == 1.0 else scaled(self.style, style_strength)
         if self.until is None:
             return stacked([self.subject, style])

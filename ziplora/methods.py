@@ -19,6 +19,7 @@ from ziplora.closed_form_knobs import ClosedKnobs, MatrixKnobs, RefinedKnobs
 from ziplora.fusion_knobs import CustomDiffusionKnobs, GradientFusionKnobs, KLoRAKnobs
 from ziplora.merge_flop import Flop
 from ziplora.optimize_knobs import ComposedKnobs, ZipLoRAKnobs
+from ziplora.styledrop_knobs import StyleDropKnobs
 from ziplora.train_settings import JointKnobs
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Method:
     parts: bool = True  # whether the style has rows of its own in the file, so that its strength can be changed there
     file: bool = True  # whether the result is one LoRA; otherwise images and a recipe are all that there can be
     trains: bool = False  # whether it trains on both concepts' pictures, and looks at neither LoRA
+    masked: bool = False  # whether that is an adapter for each concept, on a masked-token base of the method's own
+    instead: str = ""  # of a method without a file: what it does with the two, in place of merging them
 
     def load(self) -> Callable[[Base, Sequence[Pair], Any], list[Merged]]:
         module, _, name = self.function.partition(":")
@@ -228,6 +231,7 @@ METHODS: dict[str, Method] = {
             function="ziplora.k_lora:k_lora",
             flop=merge_flop.chosen,
             file=False,
+            instead="chooses between the two LoRAs at every step of sampling",
         ),
         Method(
             name="joint",
@@ -240,6 +244,21 @@ METHODS: dict[str, Method] = {
             function="ziplora.joint:joint",
             parts=False,
             trains=True,
+        ),
+        Method(
+            name="styledrop",
+            summary="no merge: an adapter for the subject, one for the style, their logits combined as they sample;"
+            " on a masked-token base of its own (StyleDrop + DreamBooth)",
+            paper="https://arxiv.org/abs/2306.00983",
+            yields="images and a recipe, no merged file",
+            mergers=False,
+            cost="a training for every subject and every style, whatever their partners",
+            knobs=StyleDropKnobs,
+            function="ziplora.styledrop:styledrop",
+            file=False,
+            trains=True,
+            masked=True,
+            instead="combines the logits of two adapters at every step of sampling",
         ),
     )
 }

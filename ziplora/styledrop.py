@@ -13,9 +13,10 @@ So the result is pictures and a recipe (two adapters, weights, seeds), not one L
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,59 +25,13 @@ from torch.nn import functional as F
 
 from ziplora.lora import Layer, LoRA
 from ziplora.masked import MaskedBase, TextCondition, masked_loss, sample_tokens
+from ziplora.merged import Instances, Merged, Pair
 from ziplora.score import Judge
-from ziplora.train import Step, own_seed
+from ziplora.styledrop_knobs import AdapterSettings, Mixture, StyleDropKnobs
+from ziplora.train import Step, finite_steps, own_seed
 
 PAPER = "https://arxiv.org/abs/2306.00983"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")  # within a transformer block
-CONTENTS = (
-    "a chihuahua walking on the street",
-    "a banana on the table",
-    "a church on the street",
-    "a tabby cat walking in the forest",
-    "a fluffy sloth",
-    "a house on a hill",
-    "a sailing boat",
-    "a bunch of flowers in a vase",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSettings:
-    """How an adapter is trained. Steps, batch and learning rate are what diffusers' examples/amused advises for
-    StyleDrop on amused-256; the rank is a choice of ours."""
-
-    rank: int = 16
-    steps: int = 1500
-    batch: int = 1
-    lr: float = 4e-4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr is {self.lr}; a finite number above 0")
-
-
-@dataclass(frozen=True, slots=True)
-class Mixture:
-    """Weights of the logits that a picture is sampled from (see `mixed`).
-
-    subject, style: w_c and w_s, a γ and 1 − γ where they sum to 1. contrast: λ_A, text: λ_B. aMUSEd's guidance scale is
-    1 + λ_B, 10 by default.
-    """
-
-    subject: float = 0.5
-    style: float = 0.5
-    contrast: float = 0.0
-    text: float = 9.0
-
-    def __post_init__(self) -> None:
-        for name in ("subject", "style", "contrast", "text"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"the weight {name} is {getattr(self, name)}; a finite number, at least 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +114,34 @@ class AdapterTraining:
             }
         )
 
+    def state(self) -> dict[str, Any]:
+        return {
+            "identity": self.identity(),
+            "step": self.step,
+            "weights": {path: (down.detach(), up.detach()) for path, (down, up) in self._weights.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Carry on from `state`, bit for bit. ValueError when it belongs to other settings or pictures."""
+        if state["identity"] != self.identity():
+            raise ValueError("the saved state belongs to other settings, pictures or another base: start afresh")
+        with torch.no_grad():
+            for path, (down, up) in state["weights"].items():
+                self._weights[path][0].copy_(down)
+                self._weights[path][1].copy_(up)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.step = state["step"]
+
+    def identity(self) -> str:
+        """Digest of everything that decides the result but the transformer's weights."""
+        sha = hashlib.sha256(repr(sorted(asdict(self.settings).items())).encode())
+        for tensor in (self.tokens, self.text.hidden, self.text.pooled):
+            sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
     def metadata(self) -> dict[str, str]:
         """How it was trained, for an adapter file's header."""
         settings = {f"ziplora.adapter.{key}": str(value) for key, value in asdict(self.settings).items()}
@@ -180,6 +163,34 @@ class AdapterTraining:
         self.optimizer.step()
         self.step += 1
         return Step(self.step, loss.item())
+
+
+def styledrop(base: MaskedBase, pairs: Sequence[Pair], knobs: StyleDropKnobs) -> list[Merged]:
+    """The subject's and the style's adapter of each pair, side by side: `Merged.mixture` says how their logits are
+    combined in sampling (see `mixed`, `sample_mixture`).
+
+    A pair gives both adapters as its LoRAs, or `pictures` that they are trained on here. Of one concept and seed the
+    adapter is the same whatever its partner, so whoever has a grid trains each once. ValueError for a pair with
+    neither, ArithmeticError when a loss is no number.
+    """
+    return [_side_by_side(base, pair, knobs) for pair in pairs]
+
+
+def _side_by_side(base: MaskedBase, pair: Pair, knobs: StyleDropKnobs) -> Merged:
+    subject, style = pair.subject, pair.style
+    if not (subject.layers and style.layers):
+        if pair.pictures is None:
+            raise ValueError("StyleDrop learns from pictures of subject and style, and was given none, nor adapters")
+        settings = knobs.settings(pair.pictures.seed)
+        subject, style = (_adapter(base, one, settings) for one in (pair.pictures.subject, pair.pictures.style))
+    return Merged(subject, style, None, {}, mixture=knobs.mixture())
+
+
+def _adapter(base: MaskedBase, instances: Instances, settings: AdapterSettings) -> LoRA:
+    with AdapterTraining(base, instances.images, instances.captions, settings) as training:
+        for _ in finite_steps(training):
+            pass
+        return training.adapter()
 
 
 def identity(base: MaskedBase, rank: int, seed: int) -> LoRA:

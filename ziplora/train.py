@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -281,7 +281,15 @@ class Training:
         return self.base.add_noise(noise, -x, timesteps)
 
 
-def finite_steps(training: Training) -> Iterator[Step]:
+class Learning(Protocol):
+    """Any training here: an iterable of the steps that are left, whose settings have a learning rate `lr`."""
+
+    settings: Any
+
+    def __iter__(self) -> Iterator[Step]: ...
+
+
+def finite_steps(training: Learning) -> Iterator[Step]:
     """The steps that are left. ArithmeticError when the loss is no number, after which nothing is learned."""
     for step in training:
         if not math.isfinite(step.loss):

@@ -34,7 +34,8 @@ from ziplora.pocket.check import combinations, rates
 from ziplora.pocket.pace import follow, learning_rate
 from ziplora.pocket.pool import read_pool, write_pool
 from ziplora.pocket.recognise import Recogniser
-from ziplora.styledrop import Mixture, sample_mixture
+from ziplora.styledrop import sample_mixture
+from ziplora.styledrop_knobs import Mixture
 
 log = logging.getLogger(__name__)
 
