@@ -24,7 +24,8 @@ from service.trained import TrainedLoRA, TrainedLoRAs
 @click.argument("dest", required=False, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True)
 def loras(catalog: str, dest: Path | None, as_json: bool) -> None:
-    """List the LoRAs that runs trained in CATALOG, from manifests that give images only; with DEST, copy them there."""
+    """List the LoRAs that runs trained in CATALOG, from manifests that give images only, and StyleDrop's adapters
+    (`-amused`); with DEST, copy them there."""
     store = open_catalog(catalog).store
     found = list(TrainedLoRAs(store).all(left_out))
     if as_json:

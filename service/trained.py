@@ -1,4 +1,5 @@
 """LoRAs that runs trained, in the catalog's store: by what they were trained on, so that no run trains one again.
+Adapters of a masked-token base are among them: LoRAs for another base, in another layout.
 
     loras/<training>.json                          what was trained and how it went: its presence is the commit
     loras/<training>/<attempt>/lora.safetensors    the LoRA, which the above names with its sha256

@@ -210,7 +210,7 @@ def instances(concept: Concept, images: Sequence[Image.Image]) -> Instances:
     return Instances(tuple(images), captions, concept.prompt, concept.trigger)
 
 
-def _state_bytes(training: Training) -> bytes:
+def _state_bytes(training: Training | AdapterTraining) -> bytes:
     file = BytesIO()
     torch.save(training.state(), file)
     return file.getvalue()

@@ -288,7 +288,8 @@ def test_plan_needs_neither_torch_nor_ray(grid: Grid) -> None:
 def test_small_commands() -> None:
     methods = ziplora("methods").stdout
     assert "ziplora" in methods
-    assert "images and a recipe, no merged LoRA" in methods
+    assert "images and a recipe, no merged file" in methods
+    assert "base amused/amused-256, revision None, rank 16" in " ".join(methods.split())
     assert json.loads(ziplora("schema").stdout)["type"] == "object"
     assert re.fullmatch(r"ziplora, version \d+\.\d+\.\d+\n", ziplora("--version").stdout)
     assert ziplora("run").returncode == 2
