@@ -55,7 +55,7 @@ from ziplora.optimize_knobs import ZipLoRAKnobs
 STAGES = ("rates", "flops", "steps", "k", "memory", "methods", "grid", "endurance")
 PROMPTS = ("a photo of sks dog", "a house in szn style")
 GRIDS = (1, 2, 4, 8, 16)
-FEW_DRAWS, MORE_DRAWS = 8, 12  # what calibrations are measured with: beyond WEIGHT_ROWS their cost is linear in draws
+FEW_DRAWS, MORE_DRAWS = 8, 16  # what calibrations are measured with: beyond WEIGHT_ROWS their cost is linear in draws
 GRADIENT_DRAWS = 2  # that timed steps go round in
 
 
