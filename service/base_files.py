@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
 from service.base_copy import copied
 from service.errors import ManifestError
 from service.inputs import DigestCache, open_input
@@ -186,6 +183,15 @@ def find_on_hub(
 
     Raises ManifestError, which calls the model `what`.
     """
+    # half a second that other commands need not wait for; and with it comes tqdm, which reads TQDM_DISABLE only once
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
     try:
         patterns = download(repo, revision) if download else None
         found = Path(snapshot_download(repo, revision=revision, local_files_only=not download, allow_patterns=patterns))
@@ -202,6 +208,8 @@ def find_on_hub(
 
 def _download_patterns(repo: str, revision: str | None) -> list[str]:
     """What a base needs of a hub repository: full-precision weights where they are complete, else the fp16 variant."""
+    from huggingface_hub import HfApi
+
     return needed_files([file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or []])
 
 

@@ -285,6 +285,17 @@ def test_plan_needs_neither_torch_nor_ray(grid: Grid) -> None:
     assert "4: 0 committed, 4 to do" in done.stdout
 
 
+def test_loading_a_model_draws_no_bars() -> None:
+    """tqdm reads its environment as it is imported: nothing that the command line needs may import it before."""
+    code = (
+        "from service.cli import cli\n"
+        "cli.main(['methods'], standalone_mode=False)\n"
+        "import tqdm.auto; assert tqdm.auto.tqdm([]).disable"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_small_commands() -> None:
     methods = ziplora("methods").stdout
     assert "ziplora" in methods
