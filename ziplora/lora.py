@@ -72,10 +72,7 @@ def zip_merge(subject: LoRA, style: LoRA, mergers: Mergers, *, targets: Collecti
         lacking = [path for path in targets or () if path in lora.layers and path not in mine]
         if lacking:
             raise ShapeMismatch(f"the {name}'s mergers lack {len(lacking)} merge targets, such as {lacking[0]}")
-        strange = [path for path in mine if path not in lora.layers]
-        if strange:
-            raise ShapeMismatch(f"the {name}'s mergers have {len(strange)} modules that it lacks, such as {strange[0]}")
-    return concat([_times_columns(subject, mergers.subject), _times_columns(style, mergers.style)])
+    return concat(zipped(subject, style, mergers))
 
 
 def select(lora: LoRA, predicate: Callable[[str], bool]) -> LoRA:
@@ -194,5 +191,12 @@ def restyled(merged: LoRA, subject_rank: int, style_strength: float) -> LoRA:
 
 
 def zipped(subject: LoRA, style: LoRA, mergers: Mergers) -> tuple[LoRA, LoRA]:
-    """ΔW_c·diag(m_c) and ΔW_s·diag(m_s), the two summands of Eq. 2 (arXiv 2311.13600v2), as LoRAs of their own."""
+    """ΔW_c·diag(m_c) and ΔW_s·diag(m_s), the two summands of Eq. 2 (arXiv 2311.13600v2), as LoRAs of their own.
+
+    ShapeMismatch for mergers of other LoRAs: of modules that these lack, or of another length than a module's inputs.
+    """
+    for mine, lora, name in ((mergers.subject, subject, "subject"), (mergers.style, style, "style")):
+        strange = [path for path in mine if path not in lora.layers]
+        if strange:
+            raise ShapeMismatch(f"the {name}'s mergers have {len(strange)} modules that it lacks, such as {strange[0]}")
     return _times_columns(subject, mergers.subject), _times_columns(style, mergers.style)
