@@ -28,9 +28,10 @@ def first_pictures(manifest: str) -> dict[tuple[str, str], bytes]:
 
 
 def put_references(store: Store, pictures: Mapping[tuple[str, str], bytes]) -> None:
-    """Publish one small picture per (role, id), for the heads of rows and columns; ValueError for what is none."""
-    for (role, id), content in pictures.items():
-        small = thumbnail(content, SIDE)
+    """Publish one small picture per (role, id), for the heads of rows and columns. BadInput for what is none, before
+    any is published."""
+    smalls = {of: _small(content, *of) for of, content in pictures.items()}
+    for (role, id), small in smalls.items():
         key = f"{PREFIX}{name_of(role, id)}-{hashlib.sha256(small).hexdigest()[:12]}.webp"
         store.put(key, small, content_type="image/webp")
 
@@ -59,7 +60,7 @@ def reference_bytes(
         for spec in _specs(manifest):
             for content in map(_read, spec.images if (spec.role, spec.id) in needed else ()):
                 if hashlib.sha256(content).hexdigest() in digests:
-                    found[spec.role, spec.id] = thumbnail(content, SIDE)
+                    found[spec.role, spec.id] = _small(content, spec.role, spec.id)
                     break
     missing = [f"{role} {id}" for role, id in needed if (role, id) not in found]
     if missing:
@@ -79,6 +80,13 @@ def _specs(manifest: str) -> tuple[LoRASpec, ...]:
 def _images(entry: Entry, role: str) -> list[str]:
     images = entry.job[role].get("images")
     return images if isinstance(images, list) else []
+
+
+def _small(content: bytes, role: str, id: str) -> bytes:
+    try:
+        return thumbnail(content, SIDE)
+    except ValueError as error:
+        raise BadInput(f"the reference picture of {role} {id} cannot be shown: {error}") from error
 
 
 def _read(location: str) -> bytes:

@@ -3,7 +3,7 @@
 import warnings
 from io import BytesIO
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from service.entry import Entry, Object, Unreadable
 from service.errors import StorageError
@@ -31,6 +31,8 @@ def thumbnail(content: bytes, side: int = SIDE, quality: int = QUALITY) -> bytes
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}×{image.height} pixels; at most {MAX_PIXELS:,} are read")
                 picture = ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"no picture: expected one of {', '.join(FORMATS)}") from None
     except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise ValueError(f"no picture that can be read: {error}") from error
     crisp = max(picture.size) <= CRISP

@@ -10,8 +10,9 @@ from PIL import Image
 from playwright.sync_api import Browser, expect
 
 from service.catalog import Catalog
+from service.errors import BadInput
 from service.pages import Gallery, put_live, put_script
-from service.references import put_references
+from service.references import put_references, stored_references
 from service.thumbnails import CRISP, SIDE, thumbnail, thumbnail_key
 from tests.browser import page_of
 from tests.commands import wait_until
@@ -307,6 +308,12 @@ def test_a_preview_that_is_no_picture_is_reported_and_the_rest_shown(local: Cata
     assert written.cells == 2
     assert [problem.key.rpartition("/")[2] for problem in written.problems] == ["merged.png"]
     assert [found.key for found in local.store.list("pages/thumbs/")] == [thumbnail_key(id_of(job("dog", "ink")))]
+
+
+def test_a_reference_that_is_no_picture_is_named_and_nothing_published(local: Catalog) -> None:
+    with pytest.raises(BadInput, match="reference picture of style ink cannot be shown: no picture: expected one of"):
+        put_references(local.store, {("subject", "dog"): picture("dog"), ("style", "ink"): b"a login page"})
+    assert stored_references(local.store) == {}
 
 
 def test_thumbnails_are_small_and_of_few_pixels_exact() -> None:
