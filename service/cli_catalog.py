@@ -130,8 +130,13 @@ def link(catalog: str, subject: str, style: str, method: str, name: str, days: f
     for entry in found if name == LORA else ():
         if name not in entry.objects:
             complain(f"{entry.subject}/{entry.style}: {why_no_lora(entry)}", "left out")
+    if not found:
+        raise NotFound(nothing_matches(catalog, subject, style, method))
     if not entries:
-        raise NotFound(f"{nothing_matches(catalog, subject, style, method)} and has {name}")
+        raise NotFound(
+            f"{catalog} has no {name} of what matches subject {subject}, style {style}, method {method}:"
+            f" `ziplora show {catalog} {found[0].subject}/{found[0].style}` lists what there is of one"
+        )
     suffix = "".join(Path(name).suffixes)
     for entry in entries:
         file_name = f"{stem_of(entry)}{suffix}"
@@ -356,9 +361,9 @@ def copy(source: str, dest: str, subject: str, style: str, method: str) -> int:
     The LoRAs that runs trained for them come along. What DEST has already is kept. Its index is brought up to date at
     the end.
     """
-    target = Catalog(dest)
+    opened, target = open_catalog(source), Catalog(dest)
     target.store.probe()
-    steps = open_catalog(source).copy_to(target, subject, style, method)
+    steps = opened.copy_to(target, subject, style, method)
     if not len(steps):
         raise NotFound(nothing_matches(source, subject, style, method))
     counts: dict[str, int] = {}

@@ -10,6 +10,7 @@ from service.cli_options import CATALOG_HELP, filtered, open_catalog
 from service.console import OUT, left_out, size_text
 from service.entry import alignments
 from service.errors import NotFound
+from service.retry import select_failures
 
 
 @click.command(epilog=CATALOG_HELP)
@@ -22,7 +23,7 @@ def ls(catalog: str, subject: str, style: str, method: str, as_json: bool) -> No
     entries = sorted(
         opened.select(subject, style, method, left_out), key=lambda e: (e.subject, e.style, e.method, e.job_id)
     )
-    failures = list(opened.failures(left_out))
+    failures = select_failures(opened, subject, style, method, unreadable=left_out)
     if as_json:
         for entry in entries:
             click.echo(

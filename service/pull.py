@@ -97,7 +97,8 @@ def pull(
             return Pulled(path, entry.job_id, name, "failed", size, str(error))
 
     def start() -> Iterator[Pulled]:
-        make_directories(dest)
+        with local_errors(dest):
+            make_directories(dest)
         yield from before
         yield from parallel(fetch, files, THREADS, ordered=False, stop=stop)
 

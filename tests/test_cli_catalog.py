@@ -69,6 +69,22 @@ def test_pull_refuses_what_is_larger_than_allowed(path: Path, tmp_path: Path, ru
         run("pull", path, tmp_path / "out", "--subject", "hen")
 
 
+def test_pull_says_where_it_cannot_write(path: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/out: not a directory"):
+        run("pull", path, tmp_path / "file" / "out")
+
+
+def test_ls_filters_what_was_given_up(path: Path, run: Run) -> None:
+    for subject in ("dog", "cat"):
+        job = identity(subject, "ink")
+        Catalog(path).record_failure(id_of(job), job, "its LoRA has NaN", "BadInput", "", 1)
+    assert run("ls", path)[1].count("given up: ") == 2
+    _, said = run("ls", path, "--subject", "dog")
+    assert "given up: dog/ink (BadInput): its LoRA has NaN" in said
+    assert "cat/ink" not in said
+
+
 def test_pull_follows_a_batch_to_its_end(path: Path, tmp_path: Path, run: Run) -> None:
     def batch() -> None:
         time.sleep(0.5)
@@ -104,6 +120,13 @@ def test_links_give_the_file_to_whoever_has_them(swift: Swift, run: Run) -> None
     with pytest.raises(NotFound, match=r"method k-lora: .* and has merged\.safetensors"):
         run("link", swift.url, "--method", "k-lora")
     assert run("link", swift.url, "--method", "k-lora", "--object", "recipe.json")[0] == 0
+
+
+def test_links_to_what_is_not_there(path: Path, run: Run) -> None:
+    with pytest.raises(NotFound, match=r"has no peft\.safetensors of what matches subject dog, .* dog/oil` lists"):
+        run("link", path, "--subject", "dog", "--object", "peft.safetensors")
+    with pytest.raises(NotFound, match="nothing that matches subject hen"):
+        run("link", path, "--subject", "hen")
 
 
 def test_links_into_a_directory_are_file_urls(path: Path, run: Run) -> None:
@@ -168,6 +191,12 @@ def test_rm_keeps_what_a_manifest_names(grid: Grid, run: Run) -> None:
     with pytest.raises(ServiceError, match=r"dog\.safetensors"):
         run("rm", grid.root / "catalog", "--not-in", manifest, "--delete")
     assert len(catalog.committed()) == 4
+
+
+def test_copy_of_nothing_leaves_nothing(tmp_path: Path, run: Run) -> None:
+    with pytest.raises(NotFound):
+        run("copy", tmp_path / "nowhere", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_copy_then_diff(path: Path, tmp_path: Path, run: Run) -> None:
