@@ -66,6 +66,8 @@ class Cache(Generic[T]):
             return list(self.values)
 
     def _keep(self, key: Hashable, value: T) -> None:
+        if self.size(value) > self.limit_bytes:  # nothing has to go for what cannot stay
+            return
         self.values[key] = value
         self.n_bytes += self.size(value)
         while self.n_bytes > self.limit_bytes:

@@ -23,9 +23,15 @@ class TestCache:
         cache = Cache[str](limit_bytes=3, size=len)
         for name in ("a", "bb", "a", "c", "bb", "long one", "c"):
             assert cache.get(name, lambda name=name: make(name)) == name
-        assert made == ["a", "bb", "c", "bb", "long one", "c"]
-        assert (cache.hits, cache.misses) == (1, 6)
-        assert (cache.room, Cache[str](10, len).room) == (3, 2)
+        assert made == ["a", "bb", "c", "bb", "long one"]
+        assert (cache.hits, cache.misses) == (2, 5)
+        assert (cache.room, Cache[str](10, len).room) == (2, 2)
+
+    def test_what_is_too_large_to_stay_pushes_nothing_out(self) -> None:
+        cache = Cache[str](limit_bytes=3, size=len)
+        for name in ("a", "b", "long one"):
+            cache.get(name, lambda name=name: name)
+        assert cache.held() == ["a", "b"]
 
     def test_each_value_is_made_once_however_many_want_it(self) -> None:
         cache, made = Cache[str](limit_bytes=100, size=len), []
