@@ -77,6 +77,13 @@ class Entry:
     def n_bytes(self) -> int:
         return sum(item.size for item in self.objects.values())
 
+    def lora_sha256(self, role: str) -> str:
+        """Of the subject's or the style's LoRA that was merged; '' where the method looked at none. Where the run
+        trained it, the job knows only what it was trained on."""
+        seen, concept = self.report.get(role), self.job[role]
+        known = (seen.get("lora_sha256") if isinstance(seen, dict) else None) or concept.get("lora")
+        return known if isinstance(known, str) else ""
+
 
 RECIPE = "recipe.json"  # of a method that leaves no merged LoRA
 

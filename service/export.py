@@ -73,12 +73,11 @@ def halves(store: Store, entry: Entry, sources: tuple[str, str]) -> tuple[LoRA, 
     for role, location in zip(("subject", "style"), sources, strict=True):
         concept = entry.job[role]
         held, key = split_location(location)
-        seen = entry.report.get(role)  # where the run trained it, the job knows only what it was trained on
-        known = (seen.get("lora_sha256") if isinstance(seen, dict) else None) or concept.get("lora")
+        known = entry.lora_sha256(role)
         if sha256_of(held, key) != known:
             raise BadInput(
                 f"{location} is not the {role} that {_pair(entry)} was merged from, whose sha256 is"
-                f" {str(known)[:12]}…: name that file"
+                f" {known[:12]}…: name that file"
             )
         lora = formats.read_lora(held.get(key), name=location).lora
         weight = concept.get("weight", 1.0)

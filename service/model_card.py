@@ -61,7 +61,7 @@ def _body(
     rows = {
         "base": base,
         "method": f"{_code(entry.method)}, {_code(_json(entry.job.get('knobs')))}, seed {_code(entry.job.get('seed'))}",
-        **{f"{role} LoRA": _source(entry.job.get(role)) for role in ("subject", "style")},
+        **{f"{role} LoRA": _source(entry, role) for role in ("subject", "style")},
         **({} if style_strength == 1.0 else {"style strength": f"{style_strength:g}"}),
         **{name.replace("_", " "): f"{value:.3f}" for name in ALIGNMENTS if (value := alignments(entry)[name])},
         "job": _code(entry.job_id),
@@ -99,8 +99,9 @@ Whether it may be shared depends on the licences of both LoRAs and of the base: 
 """
 
 
-def _source(concept: Any) -> str:
-    return f"sha256 {_code(_text(concept, 'lora'))}, trained with {_code(_text(concept, 'prompt'))}"
+def _source(entry: Entry, role: str) -> str:
+    sha256, prompt = _code(entry.lora_sha256(role)), _code(_text(entry.job[role], "prompt"))
+    return f"sha256 {sha256}, trained with {prompt}" if sha256 else f"none: trained on its pictures, with {prompt}"
 
 
 def _text(value: Any, name: str) -> str:

@@ -1,5 +1,6 @@
 """Model cards as the Hub reads them, also of entries whose texts mean harm."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from huggingface_hub import ModelCard
@@ -45,6 +46,16 @@ def test_a_card_without_pictures_base_or_scores_claims_none() -> None:
     assert not {"base_model", "widget", "license"} & card.data.to_dict().keys()
     assert "Gallery" not in card.text
     assert f"the base with digest `{'b' * 64}`" in card.text
+
+
+def test_the_lora_is_the_one_that_was_merged() -> None:
+    made = replace(entry(), report={"subject": {"lora_sha256": "f" * 64}})  # trained by the run, from an id of 1111…
+    card = model_card(made, [])
+    assert f"| subject LoRA | sha256 `{'f' * 64}`, trained with `a sks dog` |" in card
+    assert f"| style LoRA | sha256 `{'2' * 64}`, trained with `szn style` |" in card
+    subject = {**identity()["subject"], "lora": ""}  # joint training looks at none
+    card = model_card(entry(subject=subject), [])
+    assert "| subject LoRA | none: trained on its pictures, with `a sks dog` |" in card
 
 
 def test_texts_of_an_entry_stay_texts() -> None:
