@@ -121,7 +121,7 @@ def read_base(
     shapes = dict(_shapes(headers, family))
     if family is DIFFUSION:
         _check_unet(location, shapes)
-    factor = 2 ** (len(decoder["block_out_channels"]) - 1)
+    factor = 2 ** (len(_channels(decoder, family, location)) - 1)
     side = _whole(denoiser.get("sample_size"), f"{family.denoiser}/config.json sample_size", location)
     files = {
         file: (directory / file).stat().st_size for file in sorted(_result_files(directory, architecture, variant))
@@ -362,6 +362,18 @@ def _check_unet(location: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         raise ManifestError(
             f"base {location}: the UNet has no attention layers under the usual names; expected attn1.to_q …"
         )
+
+
+def _channels(decoder: Mapping[str, Any], family: Family, location: str) -> list[Any]:
+    """Of the autoencoder's levels. ManifestError for one of another kind."""
+    channels = decoder.get("block_out_channels")
+    if not isinstance(channels, list) or not channels:
+        found = decoder.get("_class_name", "model of unknown kind")
+        usual = "AutoencoderKL" if family is DIFFUSION else "VQModel"
+        raise ManifestError(
+            f"base {location}: its {family.decoder} is a {found}; expected {usual}, as {family.name} has"
+        )
+    return channels
 
 
 def _whole(value: Any, what: str, location: str) -> int:

@@ -190,6 +190,12 @@ def test_inpainting_unet(base, digests):
     )
 
 
+def test_other_autoencoder(base, digests):
+    (base / "vae/config.json").unlink()
+    (base / "vae/config.json").write_text('{"_class_name": "AutoencoderTiny", "encoder_block_out_channels": [64]}')
+    assert "its vae is a AutoencoderTiny; expected AutoencoderKL" in message(base, digests)
+
+
 def test_missing_or_malicious_shard(saved, tmp_path, digests):
     base = tmp_path / "shards"
     shutil.copytree(saved / "shards", base)
