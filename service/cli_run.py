@@ -91,6 +91,11 @@ def run(manifest: str, output: str | None, download: bool, given_up_ok: bool, **
     Running the same command again goes on where the last run stopped, and takes up again what was given up.
     """
     crew = crew_of(options)
+    if options["inline"] and crew not in (Crew(), Crew(1, 1)):
+        raise click.UsageError(
+            "--inline is one worker in this process, on what is here: leave it out, or --workers, --min-workers,"
+            " --max-workers, --gpus-per-worker, --accelerator-type and --label"
+        )
     planned, read = make_plan(manifest, output, download)
     print_plan(planned)
     planned.check()
@@ -178,7 +183,7 @@ def execute(
     if server is not None:
         server.shutdown()
     unfinished = interrupted or problem is not None
-    summary.committed_now = len(catalog.committed() & {job.job_id for job in planned.left}) if unfinished else None
+    summary.committed_now = committed_of(catalog, planned) if unfinished else None
     now = summary.committed_now
     standing.close(None if now is None else len(planned.committed) + now)
     if live is not None:
@@ -237,6 +242,16 @@ def new_run_id(manifest_digest: str) -> str:
     from datetime import UTC, datetime
 
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{manifest_digest[:8]}"
+
+
+def committed_of(catalog: Catalog, planned: "Plan") -> int | None:
+    """How many of the jobs that were left the catalog has now; None where it does not answer any more, which is no
+    reason to hide the outcome."""
+    try:
+        return len(catalog.committed() & {job.job_id for job in planned.left})
+    except StorageError as error:
+        complain(f"what is committed is as the workers told it: {error}", "warning")
+        return None
 
 
 def leave_record(catalog: Catalog, run_id: str, manifest: "Manifest", metrics: "Metrics", summary: Summary) -> None:

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from service.catalog import Catalog
+from service.cli_plan import make_plan
+from service.cli_run import execute
+from service.crew import Crew
+from service.errors import BadInput
 from tests.commands import started, wait_until, ziplora
 from tests.conftest import Swift
 from tests.grid import Grid
@@ -271,6 +277,40 @@ def test_full_disk_gives_jobs_up_and_leaves_nothing_that_looks_complete(grid: Gr
             assert all((small / "catalog" / item.key).stat().st_size == item.size for item in entry.objects.values())
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_a_catalog_that_cannot_be_listed_any_more_hides_no_outcome(
+    grid: Grid, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned, manifest = make_plan(str(grid.manifest()), None, False)
+    assert planned.base is not None
+    entries = Path(planned.output, "entries")
+    entries.parent.mkdir(parents=True, exist_ok=True)
+    entries.symlink_to(entries)
+    other_base = replace(planned, base=replace(planned.base, digest="0" * 64))
+    options: dict[str, Any] = {"address": None, "inline": True, "crew": Crew(), "device": "cpu", "dtype": "auto"}
+    options |= {
+        "compile": False,
+        "threads": 1,
+        "metrics_port": 0,
+        "attempts": 1,
+        "deadline": 60.0,
+        "checkpoint_every": 60.0,
+    }
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(BadInput, match="was planned with"):
+            execute(manifest, other_base, gallery=False, **options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr()
+    assert "committed 0 (0 B), before this run 0, given up 0, 4 left" in said.out
+    assert "what is committed is as the workers told it" in said.err
+
+
+def test_inline_takes_no_crew(grid: Grid) -> None:
+    result = ziplora("run", grid.manifest(), "--inline", "--workers", 2)
+    assert (result.returncode, "--inline is one worker in this process" in result.stderr) == (2, True)
 
 
 def test_plan_needs_neither_torch_nor_ray(grid: Grid) -> None:
