@@ -35,7 +35,7 @@ def pictures_s(jobs: Iterable[Job], bases: Mapping[str, BaseFiles]) -> float:
     without, and either adapter."""
     calls = {digest: call_flop(base) for digest, base in bases.items()}
     total = 0.0
-    for job in jobs:
+    for job in jobs if calls else ():
         if job.base.digest in calls:
             weights = ("subject_weight", "style_weight", "text")
             rows = 1 + sum(bool(job.knobs[name]) for name in weights)

@@ -111,7 +111,7 @@ def plan(
     if base and samples and not unfit:
         jobs = tuple(jobs_of(manifest, base.ref, loras, samples, scorers, own))
         defaulted += sample_defaults(manifest, samples)
-        defaulted += own_sample_defaults(jobs)
+        defaulted += own_sample_defaults(jobs) if own.found else ()
         defaulted += unscored(scorers, samples, loras)
     defaulted += lora_defaults(loras, jobs)
     defaulted += unused(manifest, used)

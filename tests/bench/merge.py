@@ -53,6 +53,7 @@ from ziplora.optimize import Optimization
 from ziplora.optimize_knobs import ZipLoRAKnobs
 
 STAGES = ("rates", "flops", "steps", "k", "memory", "methods", "grid", "endurance")
+MERGING = tuple(name for name, method in METHODS.items() if not method.trains)  # what trains is timed by its steps
 PROMPTS = ("a photo of sks dog", "a house in szn style")
 GRIDS = (1, 2, 4, 8, 16)
 FEW_DRAWS, MORE_DRAWS = 8, 16  # what calibrations are measured with: beyond WEIGHT_ROWS their cost is linear in draws
@@ -406,7 +407,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("true", "scaled"), default="true" if gpu else "scaled")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of " + ",".join(STAGES))
-    parser.add_argument("--methods", default=",".join(METHODS), help="some of " + ",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(MERGING), help="some of " + ",".join(MERGING))
     parser.add_argument("--latent", type=int, help="side of the latents; 128 (1024 px) on a GPU, else 32")
     parser.add_argument("--steps", type=int, default=10 if gpu else 2, help="timed steps")
     parser.add_argument("--repeats", type=int, default=3 if gpu else 2, help="timed merges of each method")
@@ -426,7 +427,7 @@ def parse() -> argparse.Namespace:
     options.rank = options.rank or (64 if options.size == "true" else 12)
     options.out = options.out or RESULTS / f"merge-{options.size}-{options.device}.json"
     options.pairs = [int(k) for k in options.pairs.split(",")]
-    for name, known in (("stages", STAGES), ("methods", tuple(METHODS))):
+    for name, known in (("stages", STAGES), ("methods", MERGING)):
         chosen = getattr(options, name).split(",")
         unknown = [one for one in chosen if one not in known]
         if unknown:

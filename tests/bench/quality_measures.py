@@ -73,6 +73,8 @@ def parse_variant(text: str) -> Variant:
     name, _, weights = head.partition("@")
     if name not in METHODS:
         raise ValueError(f"there is no method {name}: {', '.join(METHODS)}")
+    if METHODS[name].masked:
+        raise ValueError(f"{name} works on a base of its own: compare it through a manifest and `ziplora report`")
     given: dict[str, Any] = dict(one.split("=", 1) for one in settings.split(",")) if settings else {}
     if "captions" in METHODS[name].knob_names:
         given["captions"] = plain_captions()  # the built-in ones are of a world that this base has never seen
