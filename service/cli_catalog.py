@@ -19,6 +19,7 @@ from service.errors import BadInput, NotFound
 from service.file_names import stem_of
 from service.pull import Pulled, PullOptions, write
 from service.pull_layouts import LAYOUTS, LORA, Shown, placed
+from service.wording import number
 from ziplora.headers import LIMITS
 
 DAY_S = 24 * 3600.0
@@ -234,7 +235,7 @@ def verify(catalog: str, subject: str, style: str, method: str, record: Path | N
             bad += 1
             OUT.print(f"{checked.key}: {checked.problem}", soft_wrap=True)
     known = f", {before} known to be sound from {record}" if before else ""
-    OUT.print(f"{n} objects read ({size_text(n_bytes)}){known}, {bad} not as promised", soft_wrap=True)
+    OUT.print(f"{number(n, 'object')} read ({size_text(n_bytes)}){known}, {bad} not as promised", soft_wrap=True)
     return 1 if bad else 0
 
 
@@ -261,7 +262,8 @@ def gc(catalog: str, delete: bool, hours: float) -> int:
     if not delete:
         for item in garbage:
             OUT.print(
-                f"{item.name}: {item.reason} ({len(item.objects)} objects, {size_text(item.size)})", soft_wrap=True
+                f"{item.name}: {item.reason} ({number(len(item.objects), 'object')}, {size_text(item.size)})",
+                soft_wrap=True,
             )
         OUT.print(f"{len(garbage)} to remove ({size}), older than {hours:g} h; --delete does it")
         return 0
@@ -307,13 +309,13 @@ def rm(
     if not delete:
         for entry in entries:
             OUT.print(f"{entry.subject}/{entry.style} ({entry.method}) {entry.job_id[:12]}, {size_text(entry.n_bytes)}")
-        OUT.print(f"{len(entries)} merges to remove ({size}); --delete does it")
+        OUT.print(f"{number(len(entries), 'merge')} to remove ({size}); --delete does it")
         return 0
     for _ in tracked(opened.remove(entries), "removing"):
         pass
     if entries:
         opened.build_index()
-    OUT.print(f"{len(entries)} merges removed ({size})")
+    OUT.print(f"{number(len(entries), 'merge')} removed ({size})")
     return 0
 
 
@@ -347,7 +349,7 @@ def diff(first: str, second: str, as_json: bool) -> int:
         for detail in item.details:
             OUT.print(f"    {detail}", soft_wrap=True)
     if not as_json:
-        OUT.print(f"{len(found)} differences" if found else "the same content")
+        OUT.print(number(len(found), "difference") if found else "the same content")
     return 1 if found else 0
 
 

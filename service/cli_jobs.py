@@ -15,6 +15,7 @@ from service.console import OUT, complain, size_text, tracked
 from service.errors import BadInput, NotFound, StorageError
 from service.ray_token import token_from
 from service.retry import forget_failures
+from service.wording import number
 
 ADDRESS = click.option(
     "--address",
@@ -184,7 +185,8 @@ def retry(catalog: str, subject: str, style: str, method: str, kind: str) -> Non
     if not kinds:
         raise NotFound(f"{catalog} has nothing given up that matches: `ziplora ls {catalog}` lists what it has")
     counts = ", ".join(f"{number} {name}" for name, number in sorted(kinds.items()))
-    OUT.print(f"{sum(kinds.values())} jobs will be tried again ({counts}) by the next run or submit of their manifest")
+    jobs = number(sum(kinds.values()), "job")
+    OUT.print(f"{jobs} will be tried again ({counts}) by the next run or submit of their manifest")
 
 
 COMMANDS = (submit, status, logs, cancel, retry)
@@ -224,7 +226,7 @@ def _print_standing(submission: Any) -> None:
     age = _ago(datetime.fromisoformat(standing.updated))
     OUT.print(
         f"{standing.committed} of {standing.jobs} committed, {standing.given_up} given up, {standing.left} left; "
-        f"{standing.workers} workers{eta} (run {standing.run_id}, as of {age})",
+        f"{number(standing.workers, 'worker')}{eta} (run {standing.run_id}, as of {age})",
         soft_wrap=True,
     )
 

@@ -11,6 +11,7 @@ from service.console import OUT, left_out, size_text
 from service.entry import alignments
 from service.errors import NotFound
 from service.retry import select_failures
+from service.wording import number
 
 
 @click.command(epilog=CATALOG_HELP)
@@ -53,7 +54,7 @@ def ls(catalog: str, subject: str, style: str, method: str, as_json: bool) -> No
         job = failure.job
         pair = f"{job.get('subject', {}).get('id', '?')}/{job.get('style', {}).get('id', '?')}"
         OUT.print(f"given up: {pair} ({failure.kind}): {failure.reason}", soft_wrap=True)
-    OUT.print(f"{len(entries)} merges, {len(failures)} given up")
+    OUT.print(f"{number(len(entries), 'merge')}, {len(failures)} given up")
 
 
 @click.command(epilog=CATALOG_HELP)
@@ -100,7 +101,7 @@ def sheet(catalog: str, picture: Path, subject: str, style: str, method: str, ce
         contact_sheet(opened.store, entries, cell).save(picture)
     except (OSError, ValueError) as error:
         raise click.UsageError(f"{picture} cannot be written: {error}") from error
-    OUT.print(f"{picture}: {len({(e.subject, e.style) for e in entries})} pairs", soft_wrap=True)
+    OUT.print(f"{picture}: {number(len({(e.subject, e.style) for e in entries}), 'pair')}", soft_wrap=True)
 
 
 COMMANDS = (ls, show, sheet)

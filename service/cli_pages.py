@@ -10,6 +10,7 @@ import click
 from service.cli_options import CATALOG_HELP, open_catalog
 from service.console import OUT, complain, left_out, redrawn, tracked
 from service.errors import NotFound
+from service.wording import number
 
 if TYPE_CHECKING:
     from service.watch import View
@@ -24,7 +25,7 @@ def index(catalog: str, rebuild: bool) -> None:
     for record in summary.unreadable:
         left_out(record)
     OUT.print(
-        f"{summary.entries} merges, {summary.failures} given up, digest {summary.digest}"
+        f"{number(summary.entries, 'merge')}, {summary.failures} given up, digest {summary.digest}"
         f" ({summary.read} entries read, {summary.written} of {len(summary.shards)} shards written)",
         soft_wrap=True,
     )
@@ -55,7 +56,8 @@ def gallery(catalog: str, title: str, manifest: str | None) -> int:
     for record in written.problems:
         complain(f"{record.key}: {record.reason}", "not shown")
     OUT.print(
-        f"{opened.store.url}/{PAGE}: {written.cells} merges, {written.subjects} subjects × {written.styles} styles",
+        f"{opened.store.url}/{PAGE}: {number(written.cells, 'merge')},"
+        f" {number(written.subjects, 'subject')} × {number(written.styles, 'style')}",
         soft_wrap=True,
     )
     return 1 if written.problems else 0
@@ -91,13 +93,13 @@ def watch(catalog: str, every: float, once: bool) -> None:
 
 def view_lines(view: "View") -> list[str]:
     run = view.standing
-    lines = [f"{view.merges} merges, {view.given_up} given up"]
+    lines = [f"{number(view.merges, 'merge')}, {view.given_up} given up"]
     if view.per_minute is not None and view.running:
         lines[0] += f", {view.per_minute:.1f} per minute"
     if run is not None:
         done = run.committed + run.given_up
         state = f"no word since {run.updated[:16].replace('T', ' ')} UTC" if view.stale else run.state
-        lines.append(f"run {run.run_id}: {done} of {run.jobs} done, {run.workers} workers, {state}")
+        lines.append(f"run {run.run_id}: {done} of {run.jobs} done, {number(run.workers, 'worker')}, {state}")
         if view.eta_s is not None:
             lines[-1] += f", about {duration(view.eta_s)} left"
     lines += [f"  {merge.at:%H:%M:%S}  {merge.subject} × {merge.style} ({merge.method})" for merge in view.recent]

@@ -17,6 +17,7 @@ from service.crew import Crew
 from service.errors import ServiceError, StorageError
 from service.ray_token import join_with_token, start_with_token
 from service.run_shown import RunProgress, Summary
+from service.wording import number
 
 if TYPE_CHECKING:
     from service.manifest import Manifest
@@ -193,7 +194,10 @@ def execute(
     if not unfinished:  # an unfinished run shall end at once; the next one brings the index up to date
         try:
             index = catalog.build_index()
-            OUT.print(f"catalog: {planned.output} ({index.entries} merges, digest {index.digest[:16]})", soft_wrap=True)
+            OUT.print(
+                f"catalog: {planned.output} ({number(index.entries, 'merge')}, digest {index.digest[:16]})",
+                soft_wrap=True,
+            )
             if live is not None:
                 live.finish()
                 OUT.print(f"to look at it: {planned.output}/gallery.html", soft_wrap=True)

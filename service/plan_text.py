@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from service.lora_checks import CheckedLoRA
 from service.plan import Plan
-from service.wording import some
+from service.wording import number, some
 
 SHOWN = 12  # lines of each kind
 
@@ -25,7 +25,7 @@ def summary_lines(plan: Plan) -> Iterator[str]:
             yield f"scorer    {kind}: {scorer.location} (sha256 {scorer.digest[:12]})"
     roles = Counter(lora.spec.role for lora in plan.loras)
     n_bytes = sum(lora.n_bytes for lora in plan.loras)
-    yield f"LoRAs     {roles['subject']} subjects, {roles['style']} styles, {_size(n_bytes)}"
+    yield f"LoRAs     {number(roles['subject'], 'subject')}, {number(roles['style'], 'style')}, {_size(n_bytes)}"
     yield from _training_lines(plan)
     yield f"jobs      {len(plan.jobs)}: {len(plan.committed)} committed, {n_left} to do"
     for method, n in Counter(job.method for job in plan.jobs).items():
@@ -37,7 +37,7 @@ def summary_lines(plan: Plan) -> Iterator[str]:
             f"writes    {_size(plan.n_bytes.total)}: merged LoRAs {_size(plan.n_bytes.merged)}"
             + (f", mergers {_size(plan.n_bytes.mergers)}" if plan.n_bytes.mergers else "")
             + (f", PEFT twins {_size(plan.n_bytes.peft)}" if plan.n_bytes.peft else "")
-            + (f", {images} images about {_size(plan.n_bytes.samples)}" if images else ", no images")
+            + (f", {number(images, 'image')} about {_size(plan.n_bytes.samples)}" if images else ", no images")
         )
         yield (
             f"takes     {time_text(plan.duration.total_s)}: "
@@ -54,7 +54,7 @@ def summary_lines(plan: Plan) -> Iterator[str]:
     yield from _section("carried through at weight 1, outside the layers that are merged:", _carried_lines(plan.loras))
     yield from _section("taken where the manifest says nothing:", plan.defaulted)
     if plan.problems:
-        yield f"{len(plan.problems)} problems to mend first"
+        yield f"{number(len(plan.problems), 'problem')} to mend first"
 
 
 def _users(plan: Plan, digest: str) -> str:
@@ -66,12 +66,12 @@ def _training_lines(plan: Plan) -> Iterator[str]:
     left = plan.trainings_left
     there = sum(training.job_id in plan.trained for training in plan.trainings)
     if there:
-        yield f"trained   {there} LoRAs, by an earlier run"
-    for number, training in enumerate(left[:SHOWN]):
+        yield f"trained   {number(there, 'LoRA')}, by an earlier run"
+    for place, training in enumerate(left[:SHOWN]):
         settings = training.settings
-        what = f"{training.pair} on {len(training.images)} images"
+        what = f"{training.pair} on {number(len(training.images), 'image')}"
         how = f"rank {settings['rank']}, {settings['steps']} steps of {settings['batch']}, lr {settings['lr']:g}"
-        yield f"{'trains' if number == 0 else '':<9} {what}: {how}"
+        yield f"{'trains' if place == 0 else '':<9} {what}: {how}"
     if len(left) > SHOWN:
         yield f"          … and {len(left) - SHOWN} more"
 

@@ -47,6 +47,11 @@ def plain(value: Any) -> str:
     return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def number(n: int, one: str, many: str = "") -> str:
+    """`1 merge`, `2 merges`; `many` where that is not the word with an s."""
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
 def some(names: Sequence[str], n: int = 8) -> str:
     """The first n names, and how many there are if that is not all."""
     return ", ".join(names[:n]) + (f" … ({len(names)} in all)" if len(names) > n else "")

@@ -167,10 +167,10 @@ def test_gc_shows_what_would_go_and_removes_it_when_told(path: Path, run: Run) -
 def test_rm_takes_back_what_is_named(path: Path, run: Run) -> None:
     _, said = run("rm", path, "--subject", "dog", "--method", "direct")
     assert "dog/oil (direct)" in said
-    assert "1 merges to remove (3.5 kB); --delete does it" in said
+    assert "1 merge to remove (3.5 kB); --delete does it" in said
     assert len(Catalog(path).committed()) == 3
-    assert run("rm", path, "--subject", "dog", "--method", "direct", "--delete") == (0, "1 merges removed (3.5 kB)\n")
-    assert run("rm", path, "--job", id_of(identity("cat", "oil"))[:9], "--delete") == (0, "1 merges removed (3.5 kB)\n")
+    assert run("rm", path, "--subject", "dog", "--method", "direct", "--delete") == (0, "1 merge removed (3.5 kB)\n")
+    assert run("rm", path, "--job", id_of(identity("cat", "oil"))[:9], "--delete") == (0, "1 merge removed (3.5 kB)\n")
     assert {entry.method for entry in Catalog(path).entries()} == {"ziplora"}
     assert '"cat"' not in (path / "index.json").read_text()
     with pytest.raises(click.UsageError, match="that would be the whole catalog"):
@@ -230,7 +230,7 @@ def test_a_trained_lora_is_copied_and_compared(path: Path, tmp_path: Path, run: 
     assert code == 1
     assert f"{lora.key}: it has 12 bytes, {lora.size} were promised" in said
     trained(Catalog(path), UNUSED_LORA, "ink", "style")
-    assert run("diff", path, tmp_path / "copy") == (1, "< styles.ink (train) 333333333333: only first\n1 differences\n")
+    assert run("diff", path, tmp_path / "copy") == (1, "< styles.ink (train) 333333333333: only first\n1 difference\n")
 
 
 def test_export_asks_for_one_merge(path: Path, tmp_path: Path, run: Run) -> None:

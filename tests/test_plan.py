@@ -148,7 +148,7 @@ def test_defaults_and_carried_modules_are_stated(place):
 def test_summary(place):
     lines = list(summary_lines(planned(place)))
     assert lines[0].startswith(f"base      {place}/sdxl (sdxl, 64 px, epsilon, sha256 ")
-    assert lines[1].startswith("LoRAs     2 subjects, 1 styles, ")
+    assert lines[1].startswith("LoRAs     2 subjects, 1 style, ")
     assert lines[2:6] == [
         "jobs      6: 0 committed, 6 to do",
         "          4 × ziplora",
@@ -396,7 +396,7 @@ def test_what_is_to_be_trained_is_said_with_its_cost(place):
     assert [training.pair for training in found.trainings_left] == ["subjects.dog"]
     assert found.duration.train_s > 0
     text = "\n".join(summary_lines(found))
-    assert "trains    subjects.dog on 1 images: rank 4, 1000 steps of 1, lr 5e-05\n" in text
+    assert "trains    subjects.dog on 1 image: rank 4, 1000 steps of 1, lr 5e-05\n" in text
     assert "takes" in text
     assert ": training " in text
     assert [one["trained"] for one in plan_json(found)["trainings"]] == [False]

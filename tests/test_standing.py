@@ -55,6 +55,6 @@ def test_retry_forgets_what_matches(store: Store) -> None:
         catalog.record_failure(f"{number:064x}", job, "why", kind, "", 3)
     done = ziplora("retry", store.url, "--kind", "OutOf*", "--style", "o*")
     assert done.returncode == 0, done.stderr
-    assert "1 jobs will be tried again (1 OutOfMemory) by the next run or submit of their manifest" in done.stdout
+    assert "1 job will be tried again (1 OutOfMemory) by the next run or submit of their manifest" in done.stdout
     assert {failure.job_id[-1] for failure in catalog.failures()} == {"0", "2"}
     assert ziplora("retry", store.url, "--style", "wax").returncode == 2

@@ -230,7 +230,7 @@ def test_killed_in_mid_training_a_run_goes_on_from_the_checkpoint(grid: Grid) ->
     assert formats.read_lora(grid.root / "copies/dog.safetensors").trigger == "sks dog"
     again = ziplora(*command)
     assert again.returncode == 0, again.stderr
-    assert "trained   1 LoRAs, by an earlier run" in again.stdout
+    assert "trained   1 LoRA, by an earlier run" in again.stdout
     assert "nothing to do: all 2 jobs are committed" in again.stdout
 
     # what it ended with is what it would have come to without a break

@@ -62,7 +62,7 @@ def test_the_command_tells_it_in_lines(local: Catalog) -> None:
     say(local, replace(RUN, state="interrupted"))
     shown = ziplora("watch", local.store.url)
     assert shown.returncode == 0, shown.stderr
-    assert "1 merges" in shown.stdout
+    assert "1 merge, " in shown.stdout
     assert "5 of 10 done" in shown.stdout
     assert "interrupted" in shown.stdout
     assert "dog × ink" in shown.stdout
