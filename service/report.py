@@ -378,7 +378,10 @@ def _sheet(by_variant: Mapping[str, Iterable[Result]]) -> dict[Pair, dict[str, R
 def _notes(results: Sequence[Result], rows: Sequence[Row]) -> Iterable[str]:
     settings = len({one.setting for one in results if not one.own_base})
     for method in sorted({one.method for one in results if one.own_base}):
-        yield f"{method} samples on a base of its own, at that base's size: the same prompts and seeds, other pictures"
+        yield (
+            f"{method} samples on a base of its own, at that base's size; its seconds are without its adapters, which"
+            " are trained once for all pairs"
+        )
     if settings > 1:
         yield (
             f"these merges were sampled or judged in {settings} different ways (base, samples, scorers), which the"
