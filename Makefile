@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 CLIENT ?= .venv-client
 DEST ?= demo
 # processes that run tests, each file by one of them: much of a test's time is spent waiting for servers to start
-JOBS ?= 2
+JOBS ?= 3
 # one thread per process: results do not depend on the machine's core count, and workers do not fight over cores
 export OMP_NUM_THREADS = 1
 

@@ -281,13 +281,13 @@ class LocalStore:
 
     def _publish(self, part: Path, path: Path, create_only: bool) -> None:
         for attempt in range(10):
-            make_directories(path.parent)
             try:
+                make_directories(path.parent)
                 if create_only:
                     self._publish_new(part, path)
                 else:
                     part.replace(path)
-            except FileNotFoundError:  # a delete has just removed the empty directory
+            except FileNotFoundError:  # a delete has just removed an empty directory on the way
                 if attempt == 9:
                     raise
             else:

@@ -113,7 +113,7 @@ def test_links_give_the_file_to_whoever_has_them(swift: Swift, run: Run) -> None
     assert urlopen(said.strip()).read() == files_of(job)["samples/001.png"]
     with pytest.raises(StorageError, match="1 second to 7 days, not 691200 s"):
         run("link", swift.url, "--days", 8)
-    with pytest.raises(NotFound, match=r"and has peft\.safetensors"):
+    with pytest.raises(NotFound, match=r"has no peft\.safetensors of what matches"):
         run("link", swift.url, "--object", "peft.safetensors")
     chosen = identity("dog", "wax", method="k-lora")
     Catalog(swift.url).commit(id_of(chosen), chosen, {"recipe.json": b"{}", "samples/000.png": b"picture"}, {})

@@ -85,7 +85,7 @@ def test_ray_and_inline_give_the_same_catalog(grid: Grid) -> None:
 
 
 def test_kill_9_of_an_actor_in_mid_merge_loses_no_pair(grid: Grid) -> None:
-    jobs = jobs_of(grid.manifest(merge={"method": "ziplora", "steps": 40}, samples={"prompts": []}))
+    jobs = jobs_of(grid.manifest(merge={"method": "ziplora", "steps": 20}, samples={"prompts": []}))
     pool, seen = RayPool(settings(grid), size=2), Seen()
     killed: list[str] = []
 
@@ -122,7 +122,7 @@ def test_a_worker_that_hangs_is_restarted_at_its_deadline(grid: Grid) -> None:
     stopper = threading.Thread(target=stop_it_once)
     stopper.start()
     try:
-        progress = drive(grid, pool, jobs, seen, limits=Limits(attempts=5, deadline_s=20))
+        progress = drive(grid, pool, jobs, seen, limits=Limits(attempts=5, deadline_s=10))
     finally:
         stopper.join()
         pool.close()

@@ -353,6 +353,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", disk], check=True)
 
 
+def test_directories_that_come_and_go_harm_no_put(tmp_path: Path) -> None:
+    """Deletes take the directories that they leave empty: those of a put that is just making its own below them."""
+    store = LocalStore(tmp_path)
+
+    def come_and_go(name: int) -> None:
+        for _ in range(150):
+            store.put(f"a/b/{name}/c/d", b"")
+            store.delete(f"a/b/{name}/c/d")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_and_go, range(4)))
+    assert list(store.list()) == []
+
+
 class TestS3:
     def test_wrong_secret(self, swift: Swift, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")

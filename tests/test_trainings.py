@@ -200,20 +200,20 @@ def test_what_cannot_be_trained_is_given_up_with_its_reason_and_the_rest_is_done
 
 
 def test_killed_in_mid_training_a_run_goes_on_from_the_checkpoint(grid: Grid) -> None:
-    path = manifest(grid, styles={"oil": OIL}, training={"rank": 2, "steps": 60, "lr": 1e-3})
+    path = manifest(grid, styles={"oil": OIL}, training={"rank": 2, "steps": 30, "lr": 1e-3})
     command = ["run", path, "--checkpoint-every", 0, "--no-gallery", "--inline"]
     checkpoints = grid.root / "catalog/checkpoints"
     killed = started(*command)
     wait_until(lambda: bool(list(checkpoints.glob("*.pt"))), timeout_s=480)
     os.killpg(killed.pid, signal.SIGKILL)
-    assert "training subjects.dog begins: 60 steps" in killed.communicate()[0]
+    assert "training subjects.dog begins: 30 steps" in killed.communicate()[0]
     assert not (grid.root / "catalog/loras").exists()
 
     resumed = ziplora(*command)
     assert resumed.returncode == 0, resumed.stderr
-    goes_on = re.search(r"training subjects\.dog goes on after step (\d+) of 60", resumed.stdout)
+    goes_on = re.search(r"training subjects\.dog goes on after step (\d+) of 30", resumed.stdout)
     assert goes_on, resumed.stdout
-    assert 1 <= int(goes_on[1]) < 60
+    assert 1 <= int(goes_on[1]) < 30
     assert "subjects.dog trained in " in resumed.stdout
 
     catalog = Catalog(grid.root / "catalog")
@@ -221,8 +221,8 @@ def test_killed_in_mid_training_a_run_goes_on_from_the_checkpoint(grid: Grid) ->
     assert not list(catalog.failures())
     assert not list(checkpoints.glob("*.pt"))
     (lora,) = TrainedLoRAs(catalog.store).all(print)
-    assert lora.report["steps"] == 60
-    assert lora.report["steps_here"] == 60 - int(goes_on[1])
+    assert lora.report["steps"] == 30
+    assert lora.report["steps_here"] == 30 - int(goes_on[1])
     listed = ziplora("loras", grid.root / "catalog", grid.root / "copies")
     assert listed.returncode == 0, listed.stderr
     assert "subjects.dog" in listed.stdout

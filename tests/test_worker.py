@@ -118,10 +118,10 @@ def test_carried_modules_are_in_the_file_and_in_the_report(grid: Grid, worker: W
     )
 
 
-def test_after_20_pairs_the_base_is_bit_identical_and_memory_is_flat(grid: Grid, worker: Worker) -> None:
-    manifest = grid.manifest(subjects=5, styles=4, merge={"method": "ziplora", "steps": 2}, samples={"prompts": []})
+def test_after_12_pairs_the_base_is_bit_identical_and_memory_is_flat(grid: Grid, worker: Worker) -> None:
+    manifest = grid.manifest(subjects=4, styles=3, merge={"method": "ziplora", "steps": 2}, samples={"prompts": []})
     jobs = jobs_of(manifest)
-    assert len(jobs) == 20
+    assert len(jobs) == 12
     weights = {name: tensor.clone() for name, tensor in worker.base.unet.state_dict().items()}
     modules = [id(module) for module in worker.base.unet.modules()]
     addresses = {name: tensor.data_ptr() for name, tensor in worker.base.unet.state_dict().items()}

@@ -270,7 +270,7 @@ def test_the_plan_says_what_it_takes(made: Made) -> None:
     found = plan(dataclasses.replace(read_manifest(made.grid.root / "manifest.yaml"), output="/nowhere/yet"))
     text = "\n".join(summary_lines(found))
     assert f"{made.grid.root}/amused (amused, 16 px, sha256 {found.own_bases[0].digest[:12]}), for styledrop" in text
-    assert "trains    subjects.dog-amused on 1 images: rank 2, 4 steps of 1, lr 0.05" in text
+    assert "trains    subjects.dog-amused on 1 image: rank 2, 4 steps of 1, lr 0.05" in text
     assert "samples of styledrop: 16×16, 3 steps, guidance 3.0: its own base's size, and its own settings" in text
     assert found.duration.train_s > 0
     assert [one["id"] for one in plan_json(found)["trainings"]] == ["dog", "cat", "ink", "oil"]
