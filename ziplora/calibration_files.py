@@ -20,7 +20,7 @@ from ziplora.calibration_settings import CalibrationSettings
 from ziplora.errors import FormatError
 from ziplora.moments import accumulator, compact, restored
 
-VERSION = 1  # raised whenever the same inputs would give another calibration, or other bytes
+VERSION = 2  # raised whenever the same inputs would give another calibration, or other bytes
 PARTS = ("factor", "rest", "scale")  # of a compact moment
 
 
