@@ -78,18 +78,18 @@ def styledrop(out: Path, overwrite: bool, device: str, dtype: str, threads: int,
 
 def _order(out: Path, options: dict[str, Any]) -> "StyleDropOrder":
     from service.styledrop import Concept, FeedbackOrder, StyleDropOrder
-    from ziplora.styledrop_knobs import CONTENTS, AdapterSettings, Mixture
+    from ziplora.styledrop_knobs import CONTENTS, AdapterSettings, FeedbackSettings, Mixture
 
     subject, style = (
         Concept(role, options[role], options[f"{role}_prompt"], options[f"{role}_trigger"])
         for role in ("subject", "style")
     )
     feedback = None
-    if options["feedback_clip"]:
-        contents = options["contents"] or CONTENTS
-        numbers = (options["keep"], options["per_content"], options["style_share"])
-        feedback = FeedbackOrder(options["feedback_clip"], tuple(contents), *numbers)
+    prompts = tuple(f"{content} in {style.trigger}" for content in options["contents"] or CONTENTS)
+    numbers = (options["keep"], options["per_content"], options["style_share"], options["steps"])
     try:
+        if options["feedback_clip"]:
+            feedback = FeedbackOrder(options["feedback_clip"], FeedbackSettings(prompts, *numbers))
         return StyleDropOrder(
             options["base"],
             subject,

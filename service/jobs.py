@@ -154,7 +154,7 @@ class TrainJob:
     """A LoRA to be trained from pictures, with everything that changes it; for as many pairs as need it. Its id stands
     for the LoRA where a file's sha256 otherwise does.
 
-    On a masked-token base it is an adapter, with the settings of one."""
+    On a masked-token base it is an adapter, with the settings of one, and of its second round under `feedback`."""
 
     base: BaseRef
     id: str  # the concept's, for people: no part of its identity
@@ -162,6 +162,7 @@ class TrainJob:
     images: tuple[ImageRef, ...]
     captions: tuple[str, ...]  # of each image
     settings: Mapping[str, Any]  # of TrainSettings, or of AdapterSettings on a masked base: all of them; JSON values
+    clip: ScorerRef | None = None  # picks the pictures of a second round; settings["feedback"] has its digest
     job_id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -334,7 +335,8 @@ def _job(fields: dict[str, Any]) -> Job:
 
 
 def _train_job(fields: dict[str, Any]) -> TrainJob:
-    return TrainJob(base=BaseRef(**fields.pop("base")), **_tuples(fields))
+    clip = fields.pop("clip")
+    return TrainJob(base=BaseRef(**fields.pop("base")), clip=clip and ScorerRef(**clip), **_tuples(fields))
 
 
 def _concept(fields: dict[str, Any]) -> Concept:

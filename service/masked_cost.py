@@ -7,6 +7,8 @@ from service.base_files import BaseFiles
 from service.cost import BACKWARD, DEVICE_FLOPS, TOKENS
 from service.jobs import Job, TrainJob
 
+FEEDBACK_ROWS = 3  # of a sampling step: the base with the prompt and without, and the style's adapter
+
 
 def call_flop(base: BaseFiles) -> float:
     """Operations of one call of the transformer on one picture, every layer taken as one on all of its tokens."""
@@ -26,7 +28,11 @@ def adapters_s(trainings: Iterable[TrainJob], bases: Mapping[str, BaseFiles]) ->
     total = 0.0
     for job in trainings:
         if job.is_adapter:
-            total += job.settings["steps"] * job.settings["batch"] * BACKWARD * call_flop(bases[job.base.digest])
+            calls = job.settings["steps"] * job.settings["batch"] * BACKWARD
+            if feedback := job.settings.get("feedback"):
+                pictures = len(feedback["prompts"]) * feedback["per_prompt"]
+                calls = 2 * calls + pictures * feedback["sample_steps"] * FEEDBACK_ROWS
+            total += calls * call_flop(bases[job.base.digest])
     return total / DEVICE_FLOPS
 
 

@@ -23,7 +23,7 @@ from service.manifest import Manifest
 from service.manifest_specs import LoRASpec
 from service.masked_cost import adapters_s, pictures_s
 from service.memory import memory_of
-from service.plan_adapters import OwnBases, adapters_of, own_bases
+from service.plan_adapters import OwnBases, adapters_of, feedback_problems, own_bases
 from service.plan_defaults import lora_defaults, own_sample_defaults, sample_defaults, unscored, unused
 from service.plan_jobs import jobs_of, sample_settings
 from service.plan_problems import best_problems, caption_problems, size_problems
@@ -105,6 +105,7 @@ def plan(
     samples = sample_settings(manifest, base) if base else None
     problems += size_problems(manifest, base, samples) if base and samples else []
     problems += caption_problems(manifest, base) if base else []
+    problems += [] if unfit else feedback_problems(manifest, scorers)
     problems += best_problems(manifest, scorers, samples, loras) if samples and not unfit else []
     jobs: tuple[Job, ...] = ()
     defaulted = list(manifest.defaulted)
@@ -117,7 +118,7 @@ def plan(
     defaulted += unused(manifest, used)
     committed, stages, unlisted = _catalog(manifest, jobs)
     left = [job for job in jobs if job.job_id not in committed]
-    trainings = _once([*(lora.training for lora in loras), *adapters_of(manifest, own, loras)])
+    trainings = _once([*(lora.training for lora in loras), *adapters_of(manifest, own, loras, scorers)])
     trained = _trained(manifest) if trainings and not unlisted else frozenset()
     modules = {lora.sha256: lora.modules for lora in loras if not lora.problems}
     targets = trained_modules(base.shapes, 1) if base and manifest.takes_captions else None

@@ -9,7 +9,7 @@ from service.base_files import MASKED, BaseFiles, read_base
 from service.best import masked
 from service.errors import ServiceError
 from service.inputs import DigestCache
-from service.jobs import BaseRef, Concept, SampleSettings, TrainJob
+from service.jobs import BaseRef, Concept, SampleSettings, Scorers, TrainJob
 from service.lora_checks import CheckedLoRA, trigger_of
 from service.manifest import Manifest
 from service.manifest_specs import MergeSpec
@@ -64,20 +64,33 @@ def own_samples(merge: MergeSpec, samples: SampleSettings, base: BaseFiles) -> S
     )
 
 
-def adapter(lora: CheckedLoRA, merge: MergeSpec, seed: int, base: BaseRef) -> TrainJob:
-    """The training of a concept's adapter, whatever its partner."""
-    settings = asdict(METHODS[merge.method].knobs(**merge.knobs).settings(seed))
-    return TrainJob(base, lora.spec.id, lora.spec.role, lora.images, lora.captions, settings)
+def feedback_problems(manifest: Manifest, scorers: Scorers) -> Iterator[str]:
+    for merge in manifest.merges:
+        if masked(merge.method) and merge.knobs["feedback"] and scorers.clip is None:
+            yield f"{manifest.where(*merge.field, 'feedback')}: a CLIP picks the pictures: name it under scores"
 
 
-def adapters_of(manifest: Manifest, own: OwnBases, loras: Iterable[CheckedLoRA]) -> Iterator[TrainJob]:
+def adapter(lora: CheckedLoRA, merge: MergeSpec, seed: int, base: BaseRef, scorers: Scorers) -> TrainJob:
+    """The training of a concept's adapter, whatever its partner; of a style in two rounds where it is to have them."""
+    knobs = METHODS[merge.method].knobs(**merge.knobs)
+    job = TrainJob(base, lora.spec.id, lora.spec.role, lora.images, lora.captions, asdict(knobs.settings(seed)))
+    second = knobs.second_round(trigger_of(lora)[0]) if job.role == "style" else None
+    if second is None or scorers.clip is None:
+        return job
+    feedback = {**asdict(second), "prompts": list(second.prompts), "clip": scorers.clip.digest}
+    return replace(job, settings={**job.settings, "feedback": feedback}, clip=scorers.clip)
+
+
+def adapters_of(
+    manifest: Manifest, own: OwnBases, loras: Iterable[CheckedLoRA], scorers: Scorers
+) -> Iterator[TrainJob]:
     """All that the manifest's pairs need."""
     usable = [lora for lora in loras if not lora.problems and lora.captions]
     for merge in manifest.merges:
         base = own.of(merge) if masked(merge.method) else None
         if base is not None:
             for seed in merge.seeds:
-                yield from (adapter(lora, merge, seed, base.ref) for lora in usable)
+                yield from (adapter(lora, merge, seed, base.ref, scorers) for lora in usable)
 
 
 def adapted(lora: CheckedLoRA, training: TrainJob, output: str) -> Concept:

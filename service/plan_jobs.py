@@ -35,10 +35,10 @@ def jobs_of(
             continue
         for seed in merge.seeds:
             if masked(merge.method):
-                seen = {
-                    (lora.spec.role, lora.spec.id): adapted(lora, adapter(lora, merge, seed, way.base), manifest.output)
-                    for lora in sound
-                }
+                seen = {}
+                for lora in sound:
+                    training = adapter(lora, merge, seed, way.base, scorers)
+                    seen[lora.spec.role, lora.spec.id] = adapted(lora, training, manifest.output)
             else:
                 seen = {key: both.of(merge.method) for key, both in concepts.items()}
             for subject_id, style_id in manifest.pairs:

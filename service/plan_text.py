@@ -71,6 +71,9 @@ def _training_lines(plan: Plan) -> Iterator[str]:
         settings = training.settings
         what = f"{training.pair} on {number(len(training.images), 'image')}"
         how = f"rank {settings['rank']}, {settings['steps']} steps of {settings['batch']}, lr {settings['lr']:g}"
+        if feedback := settings.get("feedback"):
+            made = len(feedback["prompts"]) * feedback["per_prompt"]
+            how += f", and again with the best {feedback['keep']} of {made} pictures of its own"
         yield f"{'trains' if place == 0 else '':<9} {what}: {how}"
     if len(left) > SHOWN:
         yield f"          … and {len(left) - SHOWN} more"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ziplora.masked import MaskedBase
     from ziplora.score import Judge
     from ziplora.styledrop import AdapterTraining, Feedback
-    from ziplora.styledrop_knobs import AdapterSettings, Mixture
+    from ziplora.styledrop_knobs import AdapterSettings, FeedbackSettings, Mixture
 
 REQUEST_KEY = "ziplora.adapter.request"  # of an adapter's header: what decided it, as JSON
 
@@ -35,13 +35,10 @@ class Concept:
 
 @dataclass(frozen=True, slots=True)
 class FeedbackOrder:
-    """The second round for the style. `contents`: what the first round's adapter draws in the style."""
+    """The second round for the style; `clip` picks its pictures."""
 
     clip: str
-    contents: tuple[str, ...]
-    keep: int = 8
-    per_content: int = 4
-    style_share: float = 0.5
+    settings: "FeedbackSettings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +110,11 @@ class StyleDropRun:
         from ziplora.train import read_images
 
         order = self.order
-        prompts = [f"{content} in {order.style.trigger}" for content in wanted.contents]
         first = self.records["style-round-1"]
         judge = self.judge
         if judge is None:
             raise BadInput("feedback needs a CLIP to score with: name one")
-        request = self._request({"first": first, "feedback": asdict(wanted), "judge": judge.digest})
+        request = self._request({"first": first, "feedback": asdict(wanted.settings), "judge": judge.digest})
 
         def training() -> "AdapterTraining":
             paths, captions = _pictures_of(order.style)
@@ -126,14 +122,10 @@ class StyleDropRun:
             chosen = feedback(
                 self.base,
                 self.adapters["style-round-1"],
-                prompts,
                 images,
                 judge,
-                keep=wanted.keep,
-                per_prompt=wanted.per_content,
-                style_share=wanted.style_share,
+                wanted.settings,
                 seed=order.settings.seed,
-                steps=order.steps,
             )
             self._write_feedback(chosen)
             return second_round(self.base, images, captions, chosen, order.settings)

@@ -65,7 +65,13 @@ class Worker:
         self.uploads = Uploads(self.catalog, self.store, *([] if settings.overlap else [0]))
         self.trained = TrainedFiles(TrainedLoRAs(self.catalog.store))
         self.trainer = Trainer(
-            self.base, self.masked, self.device, self.trained.loras, settings.checkpoint_s, self.inputs.images
+            self.base,
+            self.masked,
+            self.judges,
+            self.device,
+            self.trained.loras,
+            settings.checkpoint_s,
+            self.inputs.images,
         )
         self.results = Results(self.base, self.masked, self.device, self.inputs, self.trained, self.judges)
         self._fetches = ThreadPoolExecutor(FETCHES, "fetch")

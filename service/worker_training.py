@@ -20,9 +20,10 @@ from PIL import Image
 
 from service.device import Device, timed
 from service.errors import BadInput, NotFound, StorageError
-from service.jobs import TRAINING_ALGORITHM, Concept, Job, TrainJob, canonical_json, identity
+from service.jobs import TRAINING_ALGORITHM, Concept, Job, Scorers, TrainJob, canonical_json, identity
 from service.masked_bases import MaskedBases
 from service.messages import Began, JobResult, Learned, Message
+from service.scoring import Judges
 from service.trained import TrainedLoRA, TrainedLoRAs
 from service.translation import failed, translated
 from service.worker_inputs import Prepared
@@ -31,22 +32,24 @@ from ziplora.adapter_files import write_adapter
 from ziplora.base import Base
 from ziplora.joint import joint_training, jointly_merged
 from ziplora.merged import Instances, Merged, Pictures
-from ziplora.styledrop import AdapterTraining
-from ziplora.styledrop_knobs import AdapterSettings
+from ziplora.styledrop import AdapterTraining, IterativeTraining
+from ziplora.styledrop_knobs import AdapterSettings, FeedbackSettings
 from ziplora.train import Training, TrainSettings, finite_steps
 
 T = TypeVar("T")
+AnyTraining = Training | AdapterTraining | IterativeTraining
 Waiting = Callable[[Callable[[], T]], Generator[Message, None, T]]
 SAY_S = 2.0  # between two words of a training
 
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """A worker's means. `masked`: bases of adapters; `images` reads the pictures of a concept or training; `waiting`
-    calls the store, with signs of life while it does not answer."""
+    """A worker's means. `masked`: bases of adapters; `judges` pick for their second rounds; `images` reads the pictures
+    of a concept or training; `waiting` calls the store, with signs of life while it does not answer."""
 
     base: Base
     masked: MaskedBases
+    judges: Judges
     device: Device
     loras: TrainedLoRAs
     checkpoint_s: float
@@ -66,6 +69,7 @@ class Trainer:
                     images = yield from waiting(lambda: self.images(job))
                     if job.is_adapter:
                         yield from waiting(lambda: self.masked.get(job.base))
+                        yield from waiting(lambda: self.judges.load(Scorers(clip=job.clip)))
                 with timed(stages, "train"), self._training(job, images) as training:
                     losses = yield from self._steps(job.job_id, training, waiting)
                     content = self._written(job, training)
@@ -78,10 +82,21 @@ class Trainer:
             peak = self.device.peak_bytes()
             yield JobResult(job.job_id, "committed", stages=stages, n_bytes=made.size, peak_bytes=peak)
 
-    def _training(self, job: TrainJob, images: Sequence[Image.Image]) -> Training | AdapterTraining:
+    def _training(self, job: TrainJob, images: Sequence[Image.Image]) -> AnyTraining:
         if job.is_adapter:
-            return AdapterTraining(self.masked.get(job.base), images, job.captions, AdapterSettings(**job.settings))
+            return self._adapter_training(job, images)
         return Training(self.base, images, TrainSettings(**job.settings), captions=job.captions)
+
+    def _adapter_training(self, job: TrainJob, images: Sequence[Image.Image]) -> AdapterTraining | IterativeTraining:
+        base, settings = self.masked.get(job.base), dict(job.settings)
+        feedback = settings.pop("feedback", None)
+        if feedback is None:
+            return AdapterTraining(base, images, job.captions, AdapterSettings(**settings))
+        judge, _ = self.judges.load(Scorers(clip=job.clip))
+        assert judge is not None, "a plan with feedback has a CLIP"
+        named = {name: value for name, value in feedback.items() if name != "clip"}
+        wanted = FeedbackSettings(**{**named, "prompts": tuple(named["prompts"])})
+        return IterativeTraining(base, images, job.captions, AdapterSettings(**settings), wanted, judge)
 
     def pictures(self, job: Job) -> Pictures:
         """What the training of a pair is given. BadInput where a picture cannot be read, or there are none."""
@@ -107,7 +122,7 @@ class Trainer:
             self.loras.drop_checkpoint(job_id)
 
     def _steps(
-        self, job_id: str, training: Training | AdapterTraining, waiting: "Waiting[Any]"
+        self, job_id: str, training: AnyTraining, waiting: "Waiting[Any]"
     ) -> Generator[Message, None, list[float]]:
         """All steps that are left; the losses of those."""
         self._resume(training, (yield from waiting(lambda: self.loras.checkpoint(job_id))))
@@ -128,7 +143,7 @@ class Trainer:
                     yield Learned(job_id, step.step, len(training), sum(recent) / len(recent))
         return losses
 
-    def _resume(self, training: Training | AdapterTraining, content: bytes | None) -> None:
+    def _resume(self, training: AnyTraining, content: bytes | None) -> None:
         """Go on from a checkpoint; from the start where it is another device's or dtype's, or no checkpoint at all."""
         if content is None:
             return
@@ -150,7 +165,7 @@ class Trainer:
         self.forget(job.job_id)
         return made
 
-    def _written(self, job: TrainJob, training: Training | AdapterTraining) -> bytes:
+    def _written(self, job: TrainJob, training: AnyTraining) -> bytes:
         """The LoRA in kohya layout; fp16, as published LoRAs are. An adapter as adapter_files.py writes it."""
         own = {
             "ziplora.training": job.job_id,
@@ -160,7 +175,7 @@ class Trainer:
             "ziplora.train.settings": canonical_json(dict(job.settings)),
         }
         metadata = {**training.metadata(), **own}
-        if isinstance(training, AdapterTraining):
+        if not isinstance(training, Training):
             return write_adapter(training.adapter(), metadata)
         assert job.base.architecture != "amused"
         return formats.write_kohya(
@@ -171,9 +186,7 @@ class Trainer:
             trigger=job.settings["trigger"],
         )
 
-    def _report(
-        self, training: Training | AdapterTraining, losses: Sequence[float], stages: dict[str, float]
-    ) -> dict[str, Any]:
+    def _report(self, training: AnyTraining, losses: Sequence[float], stages: dict[str, float]) -> dict[str, Any]:
         recent = losses[-50:]
         return {
             "steps": training.step,
@@ -210,7 +223,7 @@ def instances(concept: Concept, images: Sequence[Image.Image]) -> Instances:
     return Instances(tuple(images), captions, concept.prompt, concept.trigger)
 
 
-def _state_bytes(training: Training | AdapterTraining) -> bytes:
+def _state_bytes(training: AnyTraining) -> bytes:
     file = BytesIO()
     torch.save(training.state(), file)
     return file.getvalue()

@@ -75,7 +75,10 @@ class Quick:
         acts = self.acts.get(job.pair, ())
         done = len(list(self.directory.glob(f"{job.subject.id}-{job.style.id}.*")))
         (self.directory / f"{job.subject.id}-{job.style.id}.{done}").touch()
-        match acts[min(done, len(acts) - 1)] if acts else "ok":
+        act = acts[min(done, len(acts) - 1)] if acts else "ok"
+        if act in ("die", "hang"):
+            time.sleep(0.5)  # Began is sent by another thread: ended at once, the process would take the word along
+        match act:
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "hang":

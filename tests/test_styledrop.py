@@ -3,7 +3,9 @@ equations."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from ziplora.masked import IGNORED, MaskedBase, load_masked, masked_loss, reside
 from ziplora.score import Judge, load_clip
 from ziplora.styledrop import (
     AdapterTraining,
+    IterativeTraining,
     feedback,
     identity,
     mixed,
@@ -29,7 +32,8 @@ from ziplora.styledrop import (
     second_round,
     tuned,
 )
-from ziplora.styledrop_knobs import AdapterSettings, Mixture
+from ziplora.styledrop_knobs import AdapterSettings, FeedbackSettings, Mixture
+from ziplora.train import own_seed
 
 SIDE = 16
 PROMPT = "a sks in szn style"
@@ -237,11 +241,16 @@ class TestTraining:
 
 class TestFeedback:
     PROMPTS = ("a cat in szn style", "a house in szn style")
+    WANTED = FeedbackSettings(PROMPTS, keep=2, per_prompt=1, sample_steps=2)
+
+    def iterative(self, base: MaskedBase, judge: Judge) -> IterativeTraining:
+        settings = AdapterSettings(rank=2, steps=3, lr=0.05)
+        return IterativeTraining(base, [picture(0)], ["a cat in szn style"], settings, self.WANTED, judge)
 
     def test_the_highest_scored_are_chosen(self, base: MaskedBase, judge: Judge) -> None:
         adapter, style = random_adapter(base, 2), [picture(0)]
-        options = {"per_prompt": 3, "seed": 40, "steps": 3}
-        chosen = feedback(base, adapter, self.PROMPTS, style, judge, keep=2, **options)
+        wanted = FeedbackSettings(self.PROMPTS, keep=2, per_prompt=3, sample_steps=3)
+        chosen = feedback(base, adapter, style, judge, wanted, seed=40)
         prompts = [prompt for prompt in self.PROMPTS for _ in range(3)]
         weights = Mixture(subject=0.0, style=1.0)
         images = list(sample_mixture(base, None, adapter, prompts, range(40, 46), weights, steps=3))
@@ -251,26 +260,69 @@ class TestFeedback:
         assert [one.score for one in chosen] == pytest.approx(scores[best].tolist(), abs=1e-6)
         assert (pixels([one.image for one in chosen]) == pixels([images[i] for i in best])).all()
         assert [one.prompt for one in chosen] == [prompts[i] for i in best]
-        by_text = feedback(base, adapter, self.PROMPTS, style, judge, keep=6, style_share=0.0, **options)
+        by_text = feedback(base, adapter, style, judge, replace(wanted, keep=6, style_share=0.0), seed=40)
         assert by_text[0].score == pytest.approx(F.cosine_similarity(features, texts).max().item(), abs=1e-6)
 
     def test_the_second_round_learns_from_what_was_chosen(self, base: MaskedBase, judge: Judge) -> None:
         settings = AdapterSettings(rank=2, steps=2, lr=1e-3)
         first = tuned(AdapterTraining(base, [picture(0)], ["a cat in szn style"], settings))
-        chosen = feedback(base, first, self.PROMPTS, [picture(0)], judge, keep=2, per_prompt=1, steps=2)
+        chosen = feedback(base, first, [picture(0)], judge, self.WANTED)
         training = second_round(base, [picture(0)], ["a cat in szn style"], chosen, settings)
         assert torch.equal(training.tokens[1:], base.encode_images([one.image for one in chosen]))
         assert digest(tuned(training)) != digest(first)
         assert training.metadata()["ziplora.adapter.images"] == "3"
 
+    def test_both_rounds_as_one_training(self, base: MaskedBase, judge: Judge) -> None:
+        both = self.iterative(base, judge)
+        with both:
+            steps = list(both)
+            adapter = both.adapter()
+        assert [one.step for one in steps] == [1, 2, 3, 4, 5, 6]
+        assert not any(slot.active for slot in base.slots.layers.values())
+        images, captions = [picture(0)], ["a cat in szn style"]
+        first = tuned(AdapterTraining(base, images, captions, both.settings))
+        seed = own_seed(both.settings.seed, images, captions)
+        chosen = feedback(base, first, images, judge, self.WANTED, seed=seed)
+        assert both.chosen is not None
+        assert [one.score for one in both.chosen] == [one.score for one in chosen]
+        assert digest(adapter) == digest(tuned(second_round(base, images, captions, chosen, both.settings)))
+        told = json.loads(both.metadata()["ziplora.adapter.feedback"])
+        assert [one["prompt"] for one in told] == [one.prompt for one in chosen]
+
+    @pytest.mark.parametrize("n", [2, 3, 5])
+    def test_both_rounds_go_on_from_a_checkpoint_bit_for_bit(self, base: MaskedBase, judge: Judge, n: int) -> None:
+        with self.iterative(base, judge) as whole:
+            losses = [one.loss for one in whole]
+            expected = whole.adapter()
+        file = BytesIO()
+        with self.iterative(base, judge) as begun:
+            _ = [next(iter(begun)) for _ in range(n)]
+            torch.save(begun.state(), file)
+        file.seek(0)
+        with self.iterative(base, judge) as again:
+            again.restore(torch.load(file, weights_only=True))
+            assert again.step == n
+            assert [one.loss for one in again] == losses[n:]
+            assert digest(again.adapter()) == digest(expected)
+
+    def test_a_checkpoint_of_another_round_is_refused(self, base: MaskedBase, judge: Judge) -> None:
+        with self.iterative(base, judge) as one:
+            state = one.state()
+        settings = AdapterSettings(rank=2, steps=3, lr=0.05)
+        wanted = replace(self.WANTED, keep=1)
+        with (
+            IterativeTraining(base, [picture(0)], ["a cat in szn style"], settings, wanted, judge) as other,
+            pytest.raises(ValueError, match="start afresh"),
+        ):
+            other.restore(state)
+
     def test_bad_input(self, base: MaskedBase, judge: Judge) -> None:
-        adapter = random_adapter(base, 2)
         with pytest.raises(ValueError, match="3 pictures to keep of 2"):
-            feedback(base, adapter, ["a cat"], [picture(0)], judge, keep=3, per_prompt=2)
-        with pytest.raises(ValueError, match="no text side"):
-            feedback(base, adapter, ["a cat"], [picture(0)], Judge("dino", "", judge.images, None), keep=1)
+            FeedbackSettings(("a cat",), keep=3, per_prompt=2)
         with pytest.raises(ValueError, match=r"style_share is 1\.5"):
-            feedback(base, adapter, ["a cat"], [picture(0)], judge, keep=1, style_share=1.5)
+            FeedbackSettings(("a cat",), keep=1, style_share=1.5)
+        with pytest.raises(ValueError, match="no text side"):
+            feedback(base, random_adapter(base, 2), [picture(0)], Judge("dino", "", judge.images, None), self.WANTED)
 
 
 class TestFiles:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from service import events
 from service.catalog import Catalog
-from service.errors import BadInput
+from service.errors import BadInput, ManifestError
 from service.export import export
 from service.index_rows import row
 from service.jobs import Job, TrainJob, from_json, identity, to_json
@@ -42,8 +42,9 @@ from ziplora.lora import LoRA, delta
 from ziplora.masked import MaskedBase, load_masked
 from ziplora.merged import Instances, Pair, Pictures
 from ziplora.methods import METHODS
-from ziplora.styledrop import sample_mixture
-from ziplora.styledrop_knobs import Mixture, StyleDropKnobs
+from ziplora.score import load_clip
+from ziplora.styledrop import IterativeTraining, sample_mixture
+from ziplora.styledrop_knobs import AdapterSettings, FeedbackSettings, Mixture, StyleDropKnobs
 
 MERGE = {"method": "styledrop", "base": "amused", "rank": 2, "steps": 4, "lr": 0.05, "text": 2.0, "sample_steps": 3}
 SAMPLES = {"prompts": ["{subject} in {style}"], "seeds": [0, 5], "steps": 2, "size": 32, "style_strengths": [1.0, 0.0]}
@@ -61,7 +62,7 @@ class Made:
 
     @property
     def base(self) -> MaskedBase:
-        return load_masked(self.grid.root / "amused")
+        return made_base(self.grid)
 
     def job(self, pair: str) -> Job:
         return next(job for job in self.plan.jobs if (job.pair, job.method) == (pair, "styledrop"))
@@ -78,6 +79,10 @@ def done(grid: Grid, planned: Plan, jobs: Sequence[Job] | None = None, checkpoin
     run(left, pool, Catalog(planned.output), run_id="test", trainings=planned.trainings_left, observers=[seen.append])
     pool.close()
     return Made(grid, planned, seen)
+
+
+def made_base(grid: Grid) -> MaskedBase:
+    return load_masked(grid.root / "amused")
 
 
 def with_base(grid: Grid) -> Grid:
@@ -315,6 +320,71 @@ def test_a_changed_base_is_refused_by_the_worker(grid: Grid) -> None:
     failed = [event for event in done(grid, found).seen if isinstance(event, events.JobGivenUp)]
     assert len(failed) == 1
     assert "on this machine has digest" in failed[0].reason
+
+
+# The second round
+
+
+SECOND = {**MERGE, "feedback": 2, "contents": ["a cat", "a house"], "style_share": 0.25}
+
+
+def scorers(grid: Grid) -> dict[str, str]:
+    tiny_clip(grid.root / "scorers/clip")
+    return {"clip": "scorers/clip"}
+
+
+def test_a_style_is_trained_in_two_rounds_where_the_manifest_asks_for_feedback(grid: Grid) -> None:
+    found = planned(with_base(grid), SECOND, subjects=1, styles=1, scores=scorers(grid))
+    found.check()
+    by_role = {training.role: training for training in found.trainings}
+    assert "feedback" not in by_role["subject"].settings
+    assert by_role["style"].settings["feedback"] == {
+        "prompts": ["a cat in szn ink style", "a house in szn ink style"],
+        "keep": 2, "per_prompt": 4, "style_share": 0.25, "sample_steps": 3, "clip": found.scorers.clip.digest,
+    }  # fmt: skip
+    assert from_json(to_json(by_role["style"])) == by_role["style"]
+    text = "\n".join(summary_lines(found))
+    assert "4 steps of 1, lr 0.05, and again with the best 2 of 8 pictures of its own" in text
+    made = done(grid, found)
+    assert [entry.method for entry in made.catalog.entries()] == ["styledrop"]
+    ends = {event.step for event in made.seen if isinstance(event, events.TrainingAt) and event.step == event.steps}
+    assert ends == {4, 8}
+    lora = TrainedLoRAs(made.catalog.store).get(by_role["style"].job_id)
+    told = json.loads(read_adapter(Path(found.output) / lora.key)[1]["ziplora.adapter.feedback"])
+    assert len(told) == 2
+    assert {one["prompt"] for one in told} <= {"a cat in szn ink style", "a house in szn ink style"}
+    once = planned(grid, MERGE, subjects=1, styles=1, scores=scorers(grid), output="once")
+    assert {t.role: t.job_id for t in once.trainings}["subject"] == by_role["subject"].job_id
+    assert found.duration.train_s > 1.5 * once.duration.train_s
+
+
+def test_stopped_in_the_second_round_a_run_goes_on_in_it(grid: Grid) -> None:
+    merge = {**SECOND, "steps": 10}
+    whole = done(grid, planned(with_base(grid), merge, subjects=1, styles=1, scores=scorers(grid), output="whole"))
+    found = planned(grid, merge, subjects=1, styles=1, scores=scorers(grid))
+    style = next(training for training in found.trainings if training.role == "style")
+    prompts = tuple(style.settings["feedback"]["prompts"])
+    wanted = FeedbackSettings(prompts, keep=2, style_share=0.25, sample_steps=3)
+    images = [Image.open(image.location).convert("RGB") for image in style.images]
+    adapter, judge = AdapterSettings(rank=2, steps=10, lr=0.05), load_clip(grid.root / "scorers/clip")
+    file = BytesIO()
+    with IterativeTraining(made_base(grid), images, style.captions, adapter, wanted, judge) as begun:
+        steps = iter(begun)
+        while begun.step < 13:
+            next(steps)
+        torch.save(begun.state(), file)
+    TrainedLoRAs(Catalog(found.output).store).put_checkpoint(style.job_id, file.getvalue())
+    again = done(grid, found)
+    assert 13 in [event.step for event in again.seen if isinstance(event, events.TrainingAt)]
+    assert adapter_files(again) == adapter_files(whole)
+    assert committed(again) == committed(whole)
+
+
+def test_feedback_without_a_judge_is_refused_and_so_is_too_much_of_it(grid: Grid) -> None:
+    (none,) = planned(with_base(grid), SECOND).problems
+    assert none.endswith("merge.feedback: a CLIP picks the pictures: name it under scores")
+    with pytest.raises(ManifestError, match="9 pictures to keep of 8 that are made"):
+        planned(grid, {**SECOND, "feedback": 9})
 
 
 # Killed

@@ -14,10 +14,12 @@ So the result is pictures and a recipe (two adapters, weights, seeds), not one L
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from ziplora.lora import Layer, LoRA
 from ziplora.masked import MaskedBase, TextCondition, masked_loss, sample_tokens
 from ziplora.merged import Instances, Merged, Pair
 from ziplora.score import Judge
-from ziplora.styledrop_knobs import AdapterSettings, Mixture, StyleDropKnobs
+from ziplora.styledrop_knobs import AdapterSettings, FeedbackSettings, Mixture, StyleDropKnobs
 from ziplora.train import Step, finite_steps, own_seed
 
 PAPER = "https://arxiv.org/abs/2306.00983"
@@ -171,7 +173,8 @@ def styledrop(base: MaskedBase, pairs: Sequence[Pair], knobs: StyleDropKnobs) ->
 
     A pair gives both adapters as its LoRAs, or `pictures` that they are trained on here. Of one concept and seed the
     adapter is the same whatever its partner, so whoever has a grid trains each once. ValueError for a pair with
-    neither, ArithmeticError when a loss is no number.
+    neither, or with a second round, which needs a judge (`IterativeTraining`) and so adapters that are there;
+    ArithmeticError when a loss is no number.
     """
     return [_side_by_side(base, pair, knobs) for pair in pairs]
 
@@ -181,6 +184,8 @@ def _side_by_side(base: MaskedBase, pair: Pair, knobs: StyleDropKnobs) -> Merged
     if not (subject.layers and style.layers):
         if pair.pictures is None:
             raise ValueError("StyleDrop learns from pictures of subject and style, and was given none, nor adapters")
+        if knobs.feedback:
+            raise ValueError("a second round with feedback needs a CLIP to pick with: give both adapters")
         settings = knobs.settings(pair.pictures.seed)
         subject, style = (_adapter(base, one, settings) for one in (pair.pictures.subject, pair.pictures.style))
     return Merged(subject, style, None, {}, mixture=knobs.mixture())
@@ -252,39 +257,30 @@ def _text_rows(base: MaskedBase, prompt: str, rows: dict[str, LoRA]) -> TextCond
 def feedback(
     base: MaskedBase,
     adapter: LoRA,
-    prompts: Sequence[str],
     style_images: Sequence[Image.Image],
     judge: Judge,
+    wanted: FeedbackSettings,
     *,
-    keep: int,
-    per_prompt: int = 4,
-    style_share: float = 0.5,
     seed: int = 0,
     weights: Mixture | None = None,
-    steps: int = 12,
 ) -> list[Feedback]:
-    """The `keep` best of the tuned model's own pictures of `prompts`, the best first, for a second round of training.
+    """The best of the tuned model's own pictures of `wanted.prompts`, the best first, for a second round of training.
 
     A picture's score is (1 − share)·CLIP-T + share·CLIP-I: its cosine with its own prompt and, a mean, with the style's
-    pictures. The share is ours: 0 scores by the text alone, half of each also drops pictures that have lost the style.
-    ValueError for a judge without a text side, or fewer pictures than are to be kept.
+    pictures. ValueError for a judge without a text side.
     """
     if judge.texts is None:
         raise ValueError(f"{judge.source} has no text side: feedback needs a CLIP")
-    if not 0 <= style_share <= 1:
-        raise ValueError(f"style_share is {style_share}; from 0 (text alone) to 1 (style alone)")
-    wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
-    if not 1 <= keep <= len(wanted):
-        raise ValueError(f"{keep} pictures to keep of {len(wanted)} that are made: between 1 and that many")
-    seeds = [seed + i for i in range(len(wanted))]
+    prompts = [prompt for prompt in wanted.prompts for _ in range(wanted.per_prompt)]
+    seeds = [seed + i for i in range(len(prompts))]
     weights = weights or Mixture(subject=0.0, style=1.0)
-    images = list(sample_mixture(base, None, adapter, wanted, seeds, weights, steps=steps))
+    images = list(sample_mixture(base, None, adapter, prompts, seeds, weights, steps=wanted.sample_steps))
     features = judge.images(images)
-    text = F.cosine_similarity(features, judge.texts(wanted), dim=-1)
+    text = F.cosine_similarity(features, judge.texts(prompts), dim=-1)
     style = (features @ F.normalize(judge.images(style_images), dim=-1).T).mean(1)
-    scores = ((1 - style_share) * text + style_share * style).tolist()
-    found = [Feedback(*one) for one in zip(images, wanted, scores, strict=True)]
-    return sorted(found, key=lambda one: -one.score)[:keep]
+    scores = ((1 - wanted.style_share) * text + wanted.style_share * style).tolist()
+    found = [Feedback(*one) for one in zip(images, prompts, scores, strict=True)]
+    return sorted(found, key=lambda one: -one.score)[: wanted.keep]
 
 
 def second_round(
@@ -301,6 +297,86 @@ def second_round(
         [*captions, *(one.prompt for one in chosen)],
         settings,
     )
+
+
+class IterativeTraining:
+    """Both rounds of a style's adapter as one training, to be used as AdapterTraining is: `settings.steps` on the
+    user's pictures, then, from the beginning, as many on those and on what `judge` picks of the first round's own."""
+
+    def __init__(
+        self,
+        base: MaskedBase,
+        images: Sequence[Image.Image],
+        captions: Sequence[str],
+        settings: AdapterSettings,
+        wanted: FeedbackSettings,
+        judge: Judge,
+    ) -> None:
+        self.base, self.settings, self.wanted, self.judge = base, settings, wanted, judge
+        self.images, self.captions = list(images), list(captions)
+        self.chosen: list[Feedback] | None = None  # None: the first round is not over
+        self._round = AdapterTraining(base, images, captions, settings)
+        self._identity = hashlib.sha256(f"{self._round.identity()} {wanted} {judge.digest}".encode()).hexdigest()
+
+    def __enter__(self) -> IterativeTraining:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._round.__exit__(*exception)
+
+    def __len__(self) -> int:
+        return 2 * self.settings.steps
+
+    @property
+    def step(self) -> int:
+        return self._before + self._round.step
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps that are left."""
+        while self.step < len(self):
+            if self.chosen is None and self._round.step == len(self._round):
+                seed = own_seed(self.settings.seed, self.images, self.captions)
+                adapter = self.adapter()
+                self._round.__exit__()
+                self._begin_second(feedback(self.base, adapter, self.images, self.judge, self.wanted, seed=seed))
+            for one in self._round:
+                yield Step(self._before + one.step, one.loss)
+
+    def adapter(self) -> LoRA:
+        return self._round.adapter()
+
+    def state(self) -> dict[str, Any]:
+        chosen = None if self.chosen is None else [_feedback_state(one) for one in self.chosen]
+        return {"identity": self._identity, "chosen": chosen, "round": self._round.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """As AdapterTraining.restore."""
+        if state["identity"] != self._identity:
+            raise ValueError("the saved state belongs to other settings, pictures or another base: start afresh")
+        if state["chosen"] is not None:
+            self._round.__exit__()
+            self._begin_second([_feedback_of(one) for one in state["chosen"]])
+        self._round.restore(state["round"])
+
+    def metadata(self) -> dict[str, str]:
+        chosen = [{"prompt": one.prompt, "score": round(one.score, 6)} for one in self.chosen or ()]
+        return self._round.metadata() | {"ziplora.adapter.feedback": json.dumps(chosen, ensure_ascii=True)}
+
+    @property
+    def _before(self) -> int:
+        return 0 if self.chosen is None else self.settings.steps
+
+    def _begin_second(self, chosen: list[Feedback]) -> None:
+        self._round = second_round(self.base, self.images, self.captions, chosen, self.settings)
+        self.chosen = chosen
+
+
+def _feedback_state(one: Feedback) -> dict[str, Any]:
+    return {"pixels": torch.from_numpy(np.array(one.image.convert("RGB"))), "prompt": one.prompt, "score": one.score}
+
+
+def _feedback_of(state: dict[str, Any]) -> Feedback:
+    return Feedback(Image.fromarray(state["pixels"].numpy()), state["prompt"], state["score"])
 
 
 def tuned(training: AdapterTraining, each: Callable[[Step], None] = lambda step: None) -> LoRA:

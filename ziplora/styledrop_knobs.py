@@ -36,6 +36,32 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class FeedbackSettings:
+    """The second round of a style (see styledrop.feedback): the first round's adapter draws `per_prompt` pictures of
+    each of `prompts` in `sample_steps`, of which the `keep` best are learned from as well.
+
+    style_share: of the style in a picture's score, the rest is the text's. The share is ours: 0 scores by the text
+    alone, half of each also drops pictures that have lost the style.
+    """
+
+    prompts: tuple[str, ...]
+    keep: int = 8
+    per_prompt: int = 4
+    style_share: float = 0.5
+    sample_steps: int = 12
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.style_share <= 1:
+            raise ValueError(f"style_share is {self.style_share}; from 0 (text alone) to 1 (style alone)")
+        if not 1 <= self.keep <= self.made:
+            raise ValueError(f"{self.keep} pictures to keep of {self.made} that are made: between 1 and that many")
+
+    @property
+    def made(self) -> int:
+        return len(self.prompts) * self.per_prompt
+
+
+@dataclass(frozen=True, slots=True)
 class Mixture:
     """Weights of the logits that a picture is sampled from (see `mixed`).
 
@@ -63,7 +89,8 @@ class StyleDropKnobs:
     """base: the masked-token model, an aMUSEd directory, s3://bucket/prefix or hub id, with its revision. rank, steps,
     batch, lr: of the adapter that each subject and each style is given (see AdapterSettings). subject_weight,
     style_weight, contrast, text: of the logits (see Mixture); a sample's style strength is a factor of style_weight.
-    sample_steps: in which a picture is sampled."""
+    sample_steps: in which a picture is sampled. feedback: of the first round's own pictures of `contents` in the style,
+    how many the style's second round learns from; 0 = there is none. style_share: see FeedbackSettings."""
 
     base: str = BASE
     revision: str | None = None
@@ -76,15 +103,28 @@ class StyleDropKnobs:
     contrast: float = 0.0
     text: float = 9.0
     sample_steps: int = 12
+    feedback: int = 0
+    contents: tuple[str, ...] = CONTENTS
+    style_share: float = 0.5
 
     def __post_init__(self) -> None:
-        self.settings(0)  # both check their bounds
+        self.settings(0)  # these check their bounds
         self.mixture()
+        if self.feedback < 0:
+            raise ValueError(f"feedback is {self.feedback}; a number of pictures, 0 for no second round")
+        self.second_round("")
         if self.sample_steps < 1:
             raise ValueError(f"sample_steps is {self.sample_steps}; at least 1")
 
     def settings(self, seed: int) -> AdapterSettings:
         return AdapterSettings(self.rank, self.steps, self.batch, self.lr, seed)
+
+    def second_round(self, trigger: str) -> FeedbackSettings | None:
+        """Of the style that these words stand for."""
+        if not self.feedback:
+            return None
+        prompts = tuple(f"{content} in {trigger}" for content in self.contents)
+        return FeedbackSettings(prompts, self.feedback, style_share=self.style_share, sample_steps=self.sample_steps)
 
     def mixture(self) -> Mixture:
         return Mixture(self.subject_weight, self.style_weight, self.contrast, self.text)
