@@ -379,7 +379,7 @@ def _feedback_of(state: dict[str, Any]) -> Feedback:
     return Feedback(Image.fromarray(state["pixels"].numpy()), state["prompt"], state["score"])
 
 
-def tuned(training: AdapterTraining, each: Callable[[Step], None] = lambda step: None) -> LoRA:
+def tuned(training: AdapterTraining | IterativeTraining, each: Callable[[Step], None] = lambda step: None) -> LoRA:
     """Train to the end; `each` sees every step."""
     with training:
         for step in training:

@@ -5,7 +5,8 @@
     python -m tests.bench.quality --composition
 
 A method is a name in METHODS, with knobs and weights where they differ from the defaults: `ziplora:learning_rate=0.03`,
-`direct@0.7` (both LoRAs at .7), `direct@1/0` (the subject's alone); `truth` is the renderer. Every measured pair is
+`direct@0.7` (both LoRAs at .7), `direct@1/0` (the subject's alone); `truth` is the renderer. `styledrop` takes
+`--masked-base`. Every measured pair is
 appended to records.jsonl in the work directory, so an interrupted run goes on where it was, and a later one adds to it.
 Results: quality.json, quality.md and one contact sheet per method. `--sweep` tries what the paper leaves open, on pairs
 fixed beforehand; `--composition` what could make merges compose better, on the grid's first four styles.
@@ -234,7 +235,7 @@ def report(
     table = summary(found, [variant.name for variant in variants], AGAINST)
     apart = [record for record in found if (record["subject"], record["style"]) not in swept]
     result = {
-        "command": " ".join(["python -m tests.bench.quality", *sys.argv[1:]]),
+        "command": " ".join(["python -m tests.bench.quality", *_without_places(sys.argv[1:])]),
         "machine": machine(),
         "settings": asdict(records.settings) | {"pairs": len(pairs), "seeds": options.seeds},
         "sha256": {"models": records.models, "concepts": records.concepts},
@@ -255,6 +256,10 @@ def report(
         sheets(options.out, variants, found, records)
 
 
+def _without_places(arguments: Sequence[str]) -> list[str]:
+    return [Path(one).name if one.startswith("/") else one for one in arguments]
+
+
 def sheets(out: Path, variants: Sequence[Variant], found: Sequence[dict[str, Any]], records: Records) -> None:
     for variant in variants:
         mine = [r for r in found if r["variant"] == variant.name and r["seed"] == 0]
@@ -269,8 +274,8 @@ def sheets(out: Path, variants: Sequence[Variant], found: Sequence[dict[str, Any
 
 
 def merges(method: str) -> bool:
-    """Not one that trains: that takes minutes for a pair, and settings of its own in the pocket world, such as
-    joint:rank=4,steps=600,batch=4,lr=4e-4."""
+    """Not one that trains: that takes minutes for a pair or a concept, and settings of its own in the pocket world,
+    such as joint:rank=8,steps=600,batch=4,lr=4e-4 and styledrop:rank=8,steps=600,batch=4,lr=1e-3."""
     return not METHODS[method].trains
 
 
@@ -283,6 +288,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="of merges and samples (3; in a study 1)")
     parser.add_argument(
         "--methods", nargs="+", metavar="M", help="default: all of METHODS that do not train, and baselines"
+    )
+    parser.add_argument(
+        "--masked-base", type=Path, help="the base of styledrop: ziplora.pocket.train_amused's DIR/base"
     )
     studies = parser.add_mutually_exclusive_group()
     studies.add_argument("--sweep", action="store_true")
@@ -306,7 +314,7 @@ def main() -> None:
     defaults = [*filter(merges, METHODS), *BASELINES]
     if options.sweep or options.composition:
         defaults = sweep_variants() if options.sweep else composition_variants()
-    variants = [parse_variant(text) for text in options.methods or defaults]
+    variants = [parse_variant(text, options.masked_base) for text in options.methods or defaults]
     pairs = grid(options.subjects, options.styles or (4 if options.composition else None))
     if options.sweep:
         pairs = [pair for pair in SWEEP_PAIRS if pair in pairs]

@@ -15,6 +15,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from tests.bench.quality_masked import MaskedStand
 from ziplora import pocket
 from ziplora.base import load_base
 from ziplora.calibrate import Calibration, calibrate, derived_seed
@@ -56,26 +57,36 @@ class Variant:
     knobs: Any = None
     weights: tuple[float, float] = (1.0, 1.0)
 
+    @property
+    def masked(self) -> bool:
+        return self.method in METHODS and METHODS[self.method].masked
+
     def as_dict(self) -> dict[str, Any]:
         knobs = {} if self.knobs is None else asdict(self.knobs)
+        if self.masked:
+            knobs |= {"base": _digest_once(Path(knobs["base"])), "revision": None}  # not where it lies
         return {"method": self.method, "knobs": knobs, "weights": list(self.weights)}
 
 
 TRUTH = Variant("truth", "rendered truth")
 
 
-def parse_variant(text: str) -> Variant:
+def parse_variant(text: str, masked_base: Path | None = None) -> Variant:
     """`ziplora`, `ziplora:learning_rate=0.03,penalty_weight=0`, `direct@0.7` (both LoRAs), `direct@1/0` (subject
-    only), `truth`. Raises ValueError."""
+    only), `truth`. `masked_base`: that of methods on a base of their own. Raises ValueError."""
     if text == TRUTH.name:
         return TRUTH
     head, _, settings = text.partition(":")
     name, _, weights = head.partition("@")
     if name not in METHODS:
         raise ValueError(f"there is no method {name}: {', '.join(METHODS)}")
-    if METHODS[name].masked:
-        raise ValueError(f"{name} works on a base of its own: compare it through a manifest and `ziplora report`")
     given: dict[str, Any] = dict(one.split("=", 1) for one in settings.split(",")) if settings else {}
+    if METHODS[name].masked:
+        if masked_base is None or weights:
+            raise ValueError(f"{name} takes a base of its own (--masked-base) and no weights of LoRAs")
+        given["base"] = str(masked_base)
+        if given.get("feedback"):
+            given["contents"] = plain_contents()
     if "captions" in METHODS[name].knob_names:
         given["captions"] = plain_captions()  # the built-in ones are of a world that this base has never seen
     knobs = TypeAdapter(METHODS[name].knobs).validate_python(given)
@@ -87,6 +98,11 @@ def plain_captions() -> tuple[str, ...]:
     """Captions such as the base was trained on, none of a pair that it is asked for."""
     generator = np.random.default_rng(0)
     return tuple(dict.fromkeys(world.training_example(generator)[1] for _ in range(N_CAPTIONS)))
+
+
+def plain_contents() -> tuple[str, ...]:
+    """What a style's first round draws: some of the shapes that the base knows."""
+    return tuple(f"a {shape}" for shape in world.SEEN_SHAPES[:8])
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +151,13 @@ def shots(subject: Concept, style: Concept, settings: Settings) -> list[Shot]:
     ]
 
 
+def seeds_of(cell: Cell, shot: Shot) -> list[int]:
+    """Of its samples: noise depends on pair, prompt and seed, not on the method."""
+    return [
+        derived_seed(cell.seed, f"{cell.subject.name}/{cell.style.name}/{shot.kind}/{i}") for i in range(shot.count)
+    ]
+
+
 class Stand:
     """Base, judges and LoRAs, loaded once; calibrations, reference features and effects, computed once."""
 
@@ -145,6 +168,7 @@ class Stand:
         self.clip, self.dino = load_clip(pocket.scorer("clip")), load_dino(pocket.scorer("dino"))
         assert self.clip.texts is not None
         self.calibrations: dict[tuple[str, CalibrationSettings], tuple[Calibration, float]] = {}
+        self.masked = functools.cache(lambda base: MaskedStand(Path(base), self.clip))
         self.lora = functools.cache(_read)
         self.truths = functools.cache(_truths)
         self.effect = functools.cache(self._effect)
@@ -159,6 +183,8 @@ class Stand:
         """`cells` share their seed; they are merged side by side, then sampled one by one."""
         if variant == TRUTH:
             return [self._judged(cell, self._rendered(cell), {}, {}) for cell in cells]
+        if variant.masked:
+            return [self._by_adapters(variant, cell) for cell in cells]
         pairs, calibration_s = self._pairs(variant, cells)
         wall, cpu = time.perf_counter(), time.process_time()
         merged = METHODS[variant.method].load()(self.base, pairs, variant.knobs)
@@ -172,6 +198,20 @@ class Stand:
             self._judged(cell, self._sampled(cell, one), loss | seconds, one.report)
             for cell, one, loss in zip(cells, merged, losses, strict=True)
         ]
+
+    def _by_adapters(self, variant: Variant, cell: Cell) -> Measured:
+        """No Eq. 3, which is about what a LoRA changes on this base."""
+        stand, knobs = self.masked(variant.knobs.base), variant.knobs
+        trained = [
+            stand.adapter(role, concept.name, _instances(concept), knobs, cell.seed)
+            for role, concept in (("subject", cell.subject), ("style", cell.style))
+        ]
+        wanted = {
+            shot.kind: list(zip([shot.prompt] * shot.count, seeds_of(cell, shot), strict=True))
+            for shot in shots(cell.subject, cell.style, self.settings)
+        }
+        pictures = stand.pictures(trained[0][0], trained[1][0], wanted, knobs)
+        return self._judged(cell, pictures, {"calibration_cpu_s": (trained[0][1] + trained[1][1]) / 2}, {})
 
     def _pairs(self, variant: Variant, cells: Sequence[Cell]) -> tuple[list[Pair], float]:
         """And the CPU seconds of observing one LoRA; a grid needs that once per LoRA, not per pair."""
@@ -263,14 +303,10 @@ class Stand:
         return (plain - drawn.target).square().mean().item()
 
     def _sampled(self, cell: Cell, merged: Merged) -> dict[str, list[Image.Image]]:
-        """All prompts of a pair in one batch; noise depends on pair, prompt and seed, not on the method."""
+        """All prompts of a pair in one batch."""
         wanted = shots(cell.subject, cell.style, self.settings)
         prompts = [shot.prompt for shot in wanted for _ in range(shot.count)]
-        seeds = [
-            derived_seed(cell.seed, f"{cell.subject.name}/{cell.style.name}/{shot.kind}/{i}")
-            for shot in wanted
-            for i in range(shot.count)
-        ]
+        seeds = [seed for shot in wanted for seed in seeds_of(cell, shot)]
         pipeline = self.base.pipeline
         pipeline.scheduler = make_scheduler(self.settings.scheduler, pipeline.scheduler)  # afresh: they carry state
         with self._applied([merged]) as follow:
@@ -364,6 +400,9 @@ def digest_of(*places: Path) -> str:
             total.update(path.relative_to(place.parent).as_posix().encode())
             total.update(hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
+
+
+_digest_once = functools.cache(digest_of)
 
 
 def _flat(pictures: Sequence[Image.Image]) -> Tensor:
