@@ -29,21 +29,6 @@ JUDGES = {"harmonic": ("clip", "dino"), "style": ("clip",), "subject": ("dino",)
 ROLES = {"harmonic": ("subject", "style"), "style": ("style",), "subject": ("subject",), "text": ()}
 
 
-def method_names(method: str, knobs: Mapping[str, Any]) -> tuple[str, ...]:
-    """The methods that a merge may come from: its own, or `best`'s candidates."""
-    return tuple(one["method"] for one in knobs["of"]) if method == BEST else (method,)
-
-
-def trains(method: str) -> bool:
-    """Whether the method learns from the pictures of each pair; `best` does not take such."""
-    return method != BEST and METHODS[method].trains
-
-
-def masked(method: str) -> bool:
-    """Whether it works on a masked-token base of its own, with an adapter for each concept."""
-    return method != BEST and METHODS[method].masked
-
-
 def candidates(job: Job) -> tuple[Job, ...]:
     """What is merged for this job, in order: itself, or for `best` the same job by each of its methods."""
     if job.method != BEST:

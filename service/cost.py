@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
-from service.best import candidates, method_names, trains
+from service.best import candidates
 from service.jobs import Concept, Job, SampleSettings, TrainJob
+from service.method_facts import method_names, trains
 from ziplora.calibration_settings import SELF_IMAGES, SELF_STEPS, CalibrationSettings
 from ziplora.layouts import ModuleKeys, is_target
 from ziplora.merge_flop import Ranks

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 Role = Literal["subject", "style"]
 Architecture = Literal["sdxl", "sd15", "amused"]
+MASKED_ARCHITECTURES: tuple[Architecture, ...] = ("amused",)  # masked-token models, on which no LoRAs are merged
 
 ALGORITHM = 2  # raised whenever the same inputs would give another result: old entries are then no longer taken as done
 TRAINING_ALGORITHM = 1  # the same, for LoRAs that a run trains
@@ -183,7 +184,7 @@ class TrainJob:
 
     @property
     def is_adapter(self) -> bool:
-        return self.base.architecture == "amused"
+        return self.base.architecture in MASKED_ARCHITECTURES
 
     @property
     def method(self) -> str:

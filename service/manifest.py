@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.best import trains
 from service.errors import ManifestError, NotFound
 from service.manifest_checks import check_file
 from service.manifest_defaults import defaulted
@@ -24,6 +23,7 @@ from service.manifest_merges import read_merges
 from service.manifest_reading import Reading, line_of, manifest_error
 from service.manifest_samples import read_prompts, sample_spec
 from service.manifest_specs import LoRASpec, MergeSpec, SampleSpec, ScorerSpec
+from service.method_facts import trains
 from service.pairs import choose_pairs
 from service.scorer_files import Kind
 from service.storage import split_location

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from service.best import trains
 from service.manifest_demands import by_parts
 from service.manifest_file import DEFAULT_METHOD, ManifestFile
 from service.manifest_samples import DEFAULT_PROMPT
 from service.manifest_specs import MergeSpec
+from service.method_facts import trains
 from service.wording import plain, some
 
 

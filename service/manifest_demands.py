@@ -3,10 +3,10 @@ have no use for it, or need what it does not give."""
 
 from collections.abc import Collection, Iterable
 
-from service.best import trains
 from service.manifest_file import ManifestFile
 from service.manifest_reading import Reading
 from service.manifest_specs import MergeSpec
+from service.method_facts import trains
 from ziplora.methods import METHODS
 
 

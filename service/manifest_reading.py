@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from service.base_files import is_hub_id
 from service.errors import ManifestError
 from service.locations import resolve_location
+from service.model_files import is_hub_id
 from service.wording import Fault, FieldPath, field_name
 from service.yaml_text import Document, Problem
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.base_files import is_hub_id
 from service.errors import ManifestError, NotFound
 from service.files import local_errors, make_directories
 from service.inputs import DigestCache, open_input
 from service.locations import is_pattern, matches, resolve_location
 from service.manifest import Manifest
+from service.model_files import is_hub_id
 from service.steps import Steps, parallel
 from service.storage import Store
 from service.wording import FieldPath

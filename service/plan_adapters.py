@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from service.base_files import MASKED, BaseFiles, read_base
-from service.best import masked
 from service.errors import ServiceError
 from service.inputs import DigestCache
 from service.jobs import BaseRef, Concept, SampleSettings, Scorers, TrainJob
 from service.lora_checks import CheckedLoRA, trigger_of
 from service.manifest import Manifest
 from service.manifest_specs import MergeSpec
+from service.method_facts import masked
 from ziplora.methods import METHODS
 
 

@@ -3,12 +3,13 @@ manifest_defaults.py states what the file alone decides; this is what depends on
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from service.best import candidates, masked
+from service.best import candidates
 from service.cost import calibration_of
 from service.jobs import SCORED_STRENGTH, Job, SampleSettings, Scorers, shows_pair
 from service.lora_checks import CheckedLoRA, trigger_of
 from service.manifest import Manifest
 from service.manifest_specs import LoRASpec
+from service.method_facts import masked
 from service.wording import field_name, plain, some
 
 NO_IMAGES = "no reference images, so images that the LoRA itself generates take their place"

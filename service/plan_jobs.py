@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.base_files import BaseFiles
-from service.best import masked, sampled_by, trains
+from service.best import sampled_by
 from service.choose import BEST
 from service.jobs import Architecture, BaseRef, Concept, Job, SampleSettings, Scorers
 from service.lora_checks import CheckedLoRA, trigger_of
 from service.manifest import Manifest
 from service.manifest_specs import MergeSpec
+from service.method_facts import masked, trains
 from service.plan_adapters import OwnBases, adapted, adapter, job_knobs, own_samples
 
 GUIDANCE: dict[Architecture, float] = {"sdxl": 5.0, "sd15": 7.5}  # the defaults of diffusers' pipelines

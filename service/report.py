@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from service.choose import BEST, harmonic
 from service.errors import AccessDenied, BadInput, NotFound
 from service.intervals import Interval, clustered
+from service.jobs import MASKED_ARCHITECTURES
 
 if TYPE_CHECKING:
     from service.catalog import Catalog
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 Pair = tuple[str, str]  # subject id, style id
 NO_VALUE = float("nan")
 DEFAULT_BASELINE = "direct"
-OWN_BASES = ("amused",)  # architectures that no other method of a manifest works on
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Result:
     @property
     def own_base(self) -> bool:
         """Whether its method works on a base of its own, whatever base the others have."""
-        return self.architecture in OWN_BASES
+        return self.architecture in MASKED_ARCHITECTURES
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from functools import partial
 
 from service import events
 from service.backlog import Backlog
-from service.best import trains
 from service.catalog import Catalog
 from service.errors import ServiceError, WorkerLost
 from service.events import Event, Observer
@@ -19,6 +18,7 @@ from service.faults import Fault, Limits
 from service.hands import Hand, Hands, late_jobs
 from service.jobs import TRAINING, Job, TrainJob, Work
 from service.messages import Began, JobResult, Learned, Stalled, Tile, TileDone
+from service.method_facts import trains
 from service.outcomes import Outcomes, Progress
 from service.pace import Pace
 from service.pool import Leaving, Lost, Pool, Ready, Report, Said

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from service.base_files import (
+from service.errors import ManifestError
+from service.inputs import DigestCache
+from service.jobs import ScorerRef
+from service.model_files import (
     PICKLES,
     TOKENIZER_FILES,
     WEIGHT_LIMITS,
@@ -15,9 +18,6 @@ from service.base_files import (
     read_json,
     shards,
 )
-from service.errors import ManifestError
-from service.inputs import DigestCache
-from service.jobs import ScorerRef
 from ziplora.errors import LoRAError
 from ziplora.layouts import read_header_file
 

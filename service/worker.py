@@ -20,13 +20,14 @@ import torch
 from pydantic import TypeAdapter
 
 from service.base_files import read_base
-from service.best import Contest, trains
+from service.best import Contest
 from service.catalog import Catalog
 from service.device import Device, timed
 from service.errors import BadInput, ManifestError, NotFound
 from service.jobs import Concept, Job, TrainJob, canonical_json
 from service.masked_bases import MaskedBases
 from service.messages import Began, JobResult, Message, Stalled, Tile, TileDone, WorkerSettings
+from service.method_facts import trains
 from service.scoring import Judges
 from service.side_by_side import SideBySide
 from service.storage import open_store

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.base_files import MASKED, BaseFiles, is_hub_id, read_base
+from service.base_files import MASKED, BaseFiles, read_base
 from service.errors import ManifestError
 from service.inputs import DigestCache
+from service.model_files import is_hub_id
 from tests.lora_files import shapes_of
 from tests.tiny import tiny_amused, tiny_sd15, tiny_sdxl
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OWNERS = {
-    "ray": {"service/ray_jobs.py", "service/ray_pool.py"},
+    "ray": {"service/ray_cluster.py", "service/ray_jobs.py", "service/ray_pool.py"},
     "boto3": {"service/s3.py"},
     "botocore": {"service/s3.py"},
     "s3transfer": {"service/s3.py"},

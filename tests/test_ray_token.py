@@ -62,7 +62,7 @@ def test_the_embedded_ray_turns_strangers_away() -> None:
 import os, subprocess, sys
 from service.ray_token import start_with_token
 start_with_token(os.environ)
-from service.ray_pool import connect
+from service.ray_cluster import connect
 import ray
 connect(None, cpus=1)
 ask = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None)"

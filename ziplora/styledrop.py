@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -372,11 +371,13 @@ class IterativeTraining:
 
 
 def _feedback_state(one: Feedback) -> dict[str, Any]:
-    return {"pixels": torch.from_numpy(np.array(one.image.convert("RGB"))), "prompt": one.prompt, "score": one.score}
+    pixels = torch.frombuffer(bytearray(one.image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return {"pixels": pixels, "size": one.image.size, "prompt": one.prompt, "score": one.score}
 
 
 def _feedback_of(state: dict[str, Any]) -> Feedback:
-    return Feedback(Image.fromarray(state["pixels"].numpy()), state["prompt"], state["score"])
+    image = Image.frombytes("RGB", state["size"], bytes(state["pixels"].tolist()))
+    return Feedback(image, state["prompt"], state["score"])
 
 
 def tuned(training: AdapterTraining | IterativeTraining, each: Callable[[Step], None] = lambda step: None) -> LoRA:
