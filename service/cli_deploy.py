@@ -1,11 +1,15 @@
 """`ziplora deploy`: what goes to Kubernetes, printed."""
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from service.cli_jobs import check_run_options
 from service.console import tracked
+
+if TYPE_CHECKING:
+    from service.steps import Steps
 
 
 @click.group()
@@ -49,27 +53,25 @@ def render(
     from service.deploy import Wanted, rendered
     from service.kustomize import to_yaml
     from service.manifest import read_manifest
+    from service.parcel import pack, upload
+    from service.storage import open_store
 
     if address and overlay != "existing-cluster":
         raise click.UsageError(f"--address goes with --overlay existing-cluster, not with {overlay}")
     check_run_options(options)
     read = read_manifest(manifest)
     url = manifest if manifest.startswith("s3://") else None
+    sending: Steps[str] | None = None
     if via and url is None:
-        url = _uploaded(read, via)
+        store = open_store(via)
+        key, sending = upload(pack(read), store)
+        url = f"{store.url}/{key}"
     wanted = Wanted(overlay, url, output, image, workers, namespace, extras, options, address)
-    click.echo(to_yaml(rendered(read, wanted)), nl=False)
-
-
-def _uploaded(manifest: object, via: str) -> str:
-    from service.parcel import pack, upload
-    from service.storage import open_store
-
-    store = open_store(via)
-    key, steps = upload(pack(manifest), store)  # type: ignore[arg-type]
-    for _ in tracked(steps, "uploading"):
-        pass
-    return f"{store.url}/{key}"
+    documents = rendered(read, wanted)
+    if sending is not None:  # only now, when all wishes have been found good
+        for _ in tracked(sending, "uploading"):
+            pass
+    click.echo(to_yaml(documents), nl=False)
 
 
 @deploy.command()

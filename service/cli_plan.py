@@ -101,15 +101,19 @@ def methods() -> None:
     """The merge methods that a manifest can name, with their settings."""
     from dataclasses import fields
 
+    from service.yaml_text import flow
     from ziplora.methods import METHODS
 
     for method in METHODS.values():
-        knobs = ", ".join(f"{field.name} {field.default}" for field in fields(method.knobs))
+        knobs = {
+            field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+            for field in fields(method.knobs)
+        }
         rows = {
             "does": method.summary,
             "yields": method.yields,
             "costs": method.cost,
-            "settings": knobs or "none",
+            "settings": flow(knobs).strip("{}") or "none",
             "paper": method.paper,
         }
         _print_method(method.name, rows)

@@ -4,6 +4,7 @@ Scalars are read as YAML 1.2 reads them: `no` and `on` are text, `1e-2` is a num
 Anchors, aliases and `<<` merges work; a key written twice, tags, cycles and several documents do not.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,11 @@ class Document:
 
     value: Any
     lines: Mapping[FieldPath, int]
+
+
+def flow(value: Any) -> str:
+    """A plain value as YAML writes it within a line: `{k: null, lr: 5.0e-05, names: [a, b]}`."""
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf).strip()
 
 
 def read_yaml(raw: bytes) -> Document:

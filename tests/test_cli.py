@@ -340,7 +340,7 @@ def test_small_commands() -> None:
     methods = ziplora("methods").stdout
     assert "ziplora" in methods
     assert "images and a recipe, no merged file" in methods
-    assert "base amused/amused-256, revision None, rank 16" in " ".join(methods.split())
+    assert "base: amused/amused-256, revision: null, rank: 16" in " ".join(methods.split())
     assert json.loads(ziplora("schema").stdout)["type"] == "object"
     assert re.fullmatch(r"ziplora, version \d+\.\d+\.\d+\n", ziplora("--version").stdout)
     assert ziplora("run").returncode == 2
