@@ -173,8 +173,16 @@ def load_base(
 
     Raises OSError when it is not there, ValueError for another kind of pipeline.
     """
-    pipeline = DiffusionPipeline.from_pretrained(
-        str(directory), dtype=dtype, use_safetensors=True, variant=variant, local_files_only=True, **_extras(directory)
+    name = DiffusionPipeline.load_config(str(directory)).get("_class_name")
+    # by its own class: DiffusionPipeline does not know which components that one can do without
+    kind = next((known for known in PIPELINES if known.__name__ == name), DiffusionPipeline)
+    pipeline = kind.from_pretrained(
+        str(directory),
+        dtype=dtype,
+        use_safetensors=True,
+        variant=variant,
+        local_files_only=True,
+        **_left_out(kind),
     )
     return resident(pipeline.to(device))
 
@@ -197,10 +205,10 @@ def resident(pipeline: DiffusionPipeline) -> Base:
     return Base(pipeline, architecture, Slots(components), alphas)
 
 
-def _extras(directory: str | Path) -> dict[str, Any]:
-    """Arguments that only one of the pipelines takes: for SD 1.5 no safety checker, nor the feature extractor before
-    it, which nobody fetches; no watermark for SDXL (it would alter every sample)."""
-    name = DiffusionPipeline.load_config(str(directory)).get("_class_name")
-    if name == "StableDiffusionXLPipeline":
-        return {"add_watermarker": False}
-    return {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
+def _left_out(kind: type[DiffusionPipeline]) -> dict[str, Any]:
+    """What is left out, as neither merges nor samples use it and nobody fetches it: image encoder, feature extractor,
+    and the safety checker of SD 1.5; the watermark of SDXL, which would alter every sample."""
+    unused: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
+    if kind is StableDiffusionXLPipeline:
+        return {**unused, "add_watermarker": False}
+    return {**unused, "safety_checker": None, "requires_safety_checker": False}
