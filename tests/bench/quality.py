@@ -275,7 +275,7 @@ def sheets(out: Path, variants: Sequence[Variant], found: Sequence[dict[str, Any
 
 def merges(method: str) -> bool:
     """Not one that trains: that takes minutes for a pair or a concept, and settings of its own in the pocket world,
-    such as joint:rank=8,steps=600,batch=4,lr=4e-4 and styledrop:rank=8,steps=600,batch=4,lr=1e-3."""
+    such as joint:rank=8,steps=600,batch=4,lr=4e-4 and styledrop:rank=16,steps=400,batch=4,lr=4e-3,text=0."""
     return not METHODS[method].trains
 
 
