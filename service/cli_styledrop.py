@@ -86,7 +86,7 @@ def _order(out: Path, options: dict[str, Any]) -> "StyleDropOrder":
     )
     feedback = None
     prompts = tuple(f"{content} in {style.trigger}" for content in options["contents"] or CONTENTS)
-    numbers = (options["keep"], options["per_content"], options["style_share"], options["steps"])
+    numbers = tuple(options[name] for name in ("keep", "per_content", "style_share", "steps", "contrast", "text"))
     try:
         if options["feedback_clip"]:
             feedback = FeedbackOrder(options["feedback_clip"], FeedbackSettings(prompts, *numbers))

@@ -7,8 +7,6 @@ from service.base_files import BaseFiles
 from service.cost import BACKWARD, DEVICE_FLOPS, TOKENS
 from service.jobs import Job, TrainJob
 
-FEEDBACK_ROWS = 3  # of a sampling step: the base with the prompt and without, and the style's adapter
-
 
 def call_flop(base: BaseFiles) -> float:
     """Operations of one call of the transformer on one picture, every layer taken as one on all of its tokens."""
@@ -31,7 +29,8 @@ def adapters_s(trainings: Iterable[TrainJob], bases: Mapping[str, BaseFiles]) ->
             calls = job.settings["steps"] * job.settings["batch"] * BACKWARD
             if feedback := job.settings.get("feedback"):
                 pictures = len(feedback["prompts"]) * feedback["per_prompt"]
-                calls = 2 * calls + pictures * feedback["sample_steps"] * FEEDBACK_ROWS
+                rows = 2 + bool(feedback["text"])  # the base and the adapter; with guidance the base without prompt too
+                calls = 2 * calls + pictures * feedback["sample_steps"] * rows
             total += calls * call_flop(bases[job.base.digest])
     return total / DEVICE_FLOPS
 

@@ -340,7 +340,8 @@ def test_a_style_is_trained_in_two_rounds_where_the_manifest_asks_for_feedback(g
     assert "feedback" not in by_role["subject"].settings
     assert by_role["style"].settings["feedback"] == {
         "prompts": ["a cat in szn ink style", "a house in szn ink style"],
-        "keep": 2, "per_prompt": 4, "style_share": 0.25, "sample_steps": 3, "clip": found.scorers.clip.digest,
+        "keep": 2, "per_prompt": 4, "style_share": 0.25, "sample_steps": 3, "contrast": 0.0, "text": 2.0,
+        "clip": found.scorers.clip.digest,
     }  # fmt: skip
     assert from_json(to_json(by_role["style"])) == by_role["style"]
     text = "\n".join(summary_lines(found))
@@ -364,7 +365,7 @@ def test_stopped_in_the_second_round_a_run_goes_on_in_it(grid: Grid) -> None:
     found = planned(grid, merge, subjects=1, styles=1, scores=scorers(grid))
     style = next(training for training in found.trainings if training.role == "style")
     prompts = tuple(style.settings["feedback"]["prompts"])
-    wanted = FeedbackSettings(prompts, keep=2, style_share=0.25, sample_steps=3)
+    wanted = FeedbackSettings(prompts, keep=2, style_share=0.25, sample_steps=3, text=2.0)
     images = [Image.open(image.location).convert("RGB") for image in style.images]
     adapter, judge = AdapterSettings(rank=2, steps=10, lr=0.05), load_clip(grid.root / "scorers/clip")
     file = BytesIO()

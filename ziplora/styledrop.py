@@ -261,7 +261,6 @@ def feedback(
     wanted: FeedbackSettings,
     *,
     seed: int = 0,
-    weights: Mixture | None = None,
 ) -> list[Feedback]:
     """The best of the tuned model's own pictures of `wanted.prompts`, the best first, for a second round of training.
 
@@ -272,8 +271,7 @@ def feedback(
         raise ValueError(f"{judge.source} has no text side: feedback needs a CLIP")
     prompts = [prompt for prompt in wanted.prompts for _ in range(wanted.per_prompt)]
     seeds = [seed + i for i in range(len(prompts))]
-    weights = weights or Mixture(subject=0.0, style=1.0)
-    images = list(sample_mixture(base, None, adapter, prompts, seeds, weights, steps=wanted.sample_steps))
+    images = list(sample_mixture(base, None, adapter, prompts, seeds, wanted.mixture(), steps=wanted.sample_steps))
     features = judge.images(images)
     text = F.cosine_similarity(features, judge.texts(prompts), dim=-1)
     style = (features @ F.normalize(judge.images(style_images), dim=-1).T).mean(1)

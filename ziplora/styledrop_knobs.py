@@ -41,7 +41,7 @@ class FeedbackSettings:
     each of `prompts` in `sample_steps`, of which the `keep` best are learned from as well.
 
     style_share: of the style in a picture's score, the rest is the text's. The share is ours: 0 scores by the text
-    alone, half of each also drops pictures that have lost the style.
+    alone, half of each also drops pictures that have lost the style. contrast, text: as in Mixture.
     """
 
     prompts: tuple[str, ...]
@@ -49,8 +49,11 @@ class FeedbackSettings:
     per_prompt: int = 4
     style_share: float = 0.5
     sample_steps: int = 12
+    contrast: float = 0.0
+    text: float = 9.0
 
     def __post_init__(self) -> None:
+        self.mixture()  # checks its bounds
         if not 0 <= self.style_share <= 1:
             raise ValueError(f"style_share is {self.style_share}; from 0 (text alone) to 1 (style alone)")
         if not 1 <= self.keep <= self.made:
@@ -59,6 +62,10 @@ class FeedbackSettings:
     @property
     def made(self) -> int:
         return len(self.prompts) * self.per_prompt
+
+    def mixture(self) -> "Mixture":
+        """What they are drawn from: the style's adapter alone."""
+        return Mixture(0.0, 1.0, self.contrast, self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +131,14 @@ class StyleDropKnobs:
         if not self.feedback:
             return None
         prompts = tuple(f"{content} in {trigger}" for content in self.contents)
-        return FeedbackSettings(prompts, self.feedback, style_share=self.style_share, sample_steps=self.sample_steps)
+        return FeedbackSettings(
+            prompts,
+            self.feedback,
+            style_share=self.style_share,
+            sample_steps=self.sample_steps,
+            contrast=self.contrast,
+            text=self.text,
+        )
 
     def mixture(self) -> Mixture:
         return Mixture(self.subject_weight, self.style_weight, self.contrast, self.text)
