@@ -34,7 +34,7 @@ swift: venv
 	$(BIN)/python tests/swift_node.py --install
 
 test: venv swift
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check .

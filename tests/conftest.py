@@ -18,6 +18,18 @@ from tests.swift_node import SwiftNode, swift_node
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves its workers on a busy machine
 
 
+LONG = (
+    "ray_jobs ray_pool ray_token run run_faults client trainings worker_styledrop cli_train joint study worker_methods"
+    " worker_tiles worker worker_sd15 train pull care pages cli"
+).split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests take long, most of them few, are begun first: at the end one process would be left with them."""
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @dataclass(frozen=True, slots=True)
 class Swift:
     """`url` is a fresh bucket; `environment` (AWS_…) is already set in this process and inherited by its children."""
