@@ -19,14 +19,32 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves its wo
 
 
 LONG = (
-    "ray_jobs ray_pool ray_token run run_faults client trainings worker_styledrop cli_train joint study worker_methods"
-    " worker_tiles worker worker_sd15 train pull care pages cli"
-).split()
+    "test_ray_jobs",
+    "test_ray_pool",
+    "test_ray_token",
+    "test_run",
+    "test_run_faults",
+    "test_client",
+    "test_trainings",
+    "test_worker_styledrop",
+    "test_cli_train",
+    "test_joint",
+    "test_study",
+    "test_worker_methods",
+    "test_worker_tiles",
+    "test_worker",
+    "test_worker_sd15",
+    "test_train",
+    "test_pull",
+    "test_care",
+    "test_pages",
+    "test_cli",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose tests take long, most of them few, are begun first: at the end one process would be left with them."""
-    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    """Files whose tests take long are begun first: at the end one process would be left with them."""
+    places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
